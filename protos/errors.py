@@ -1,0 +1,32 @@
+"""What a refusal says: which field, what was expected, what came, what to do; and the gRPC status it maps to."""
+
+from enum import Enum
+
+
+class Status(Enum):
+    """The gRPC status codes that a refusal can carry, by name: protos needs no grpc to speak of them."""
+
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"  # shape, size, encoding, non-finite
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"  # another contract; a pose missing where one is needed
+    NOT_FOUND = "NOT_FOUND"  # policy, version, episode
+    OUT_OF_RANGE = "OUT_OF_RANGE"  # stale step or frame
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"  # queue, size
+    UNAVAILABLE = "UNAVAILABLE"  # warming up, draining: the only one that a client retries
+
+
+class Rejected(ValueError):
+    """Input that was refused, and why.
+
+    Attributes:
+        field: dotted path of the offending field, e.g. "observation.depth".
+        expected: what would have been accepted.
+        got: what came, in a form that is safe to log.
+        remedy: what the caller can do about it; may be empty.
+        status: the gRPC status that a server answers with.
+    """
+
+    def __init__(
+        self, field: str, expected: str, got: str, remedy: str = "", status: Status = Status.INVALID_ARGUMENT
+    ) -> None:
+        self.field, self.expected, self.got, self.remedy, self.status = field, expected, got, remedy, status
+        super().__init__(f"{field}: expected {expected}, got {got}" + (f"; {remedy}" if remedy else ""))

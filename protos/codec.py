@@ -83,7 +83,7 @@ def unpack_observation(message: pb.Observation, spec: ObservationSpec) -> Observ
             f"{size} bytes ({spec.height} x {spec.width} x {dtype.itemsize})",
             f"{len(message.depth)} bytes",
         )
-    depth = np.frombuffer(message.depth, dtype).reshape(spec.shape)
+    depth: NDArray[Any] = np.frombuffer(message.depth, dtype).reshape(spec.shape)
     if dtype.kind == "u":
         depth = _metres(depth, message)
     elif not np.isfinite(depth).all():

@@ -9,9 +9,24 @@ from numpy.typing import NDArray
 from protos.spaces import ObservationSpec
 
 # An orthographic camera looks down from this far above the view's own camera plane. TinyRenderer silently drops
-# geometry nearer than `_drawn_from` its planes imply (0.54 m for these), so the camera stands well back.
+# geometry nearer than n' of `metres_of` (0.54 m for these planes), so the camera stands well back.
 STAND_OFF_M = 0.7
 NEAR_M, FAR_M = 0.1, 2.05
+
+
+def orthographic(half_m: float, near: float, far: float, pixels: int) -> tuple[float, ...]:
+    """A column-major orthographic projection of a square of side 2 `half_m` on `pixels` x `pixels`.
+
+    TinyRenderer samples a pixel at its corner, which shifts the scene by half a pixel up and to the right; the last
+    row shifts it back, so that turning the scene by 90 degrees turns the image exactly. It draws nothing at all when
+    far - near exceeds 2.
+    """
+    return (
+        1 / half_m, 0, 0, 0,
+        0, 1 / half_m, 0, 0,
+        0, 0, -2 / (far - near), 0,
+        -1 / pixels, -1 / pixels, -(far + near) / (far - near), 1,
+    )  # fmt: skip
 
 
 def metres_of(buffer: NDArray[np.float32], near: float, far: float) -> NDArray[np.float32]:
@@ -31,14 +46,7 @@ class Camera:
 
     def __init__(self, client: int, spec: ObservationSpec) -> None:
         self._client, self._spec = client, spec
-        half = spec.extent_m / 2
-        # glOrtho, column-major. PyBullet has no helper for it.
-        self._projection = (
-            1 / half, 0, 0, 0,
-            0, 1 / half, 0, 0,
-            0, 0, -2 / (FAR_M - NEAR_M), 0,
-            0, 0, -(FAR_M + NEAR_M) / (FAR_M - NEAR_M), 1,
-        )  # fmt: skip
+        self._projection = orthographic(spec.extent_m / 2, NEAR_M, FAR_M, spec.height)
 
     def depth(self, tool_xyz: tuple[float, float, float]) -> NDArray[np.float32]:
         """float32 [H, W]: metres below the camera plane, which lies `plane_above_tool_m` above the tool centre."""

@@ -1,0 +1,144 @@
+"""The stand-in robot's closed loop through a policy server: `python -m sim_client.evaluate --help`."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+from tqdm import tqdm
+
+from protos.files import write_atomically
+from protos.spaces import SPEC, Pose
+from serving.client import PolicyClient, PolicyError
+from sim_client import ENV_IDS
+from sim_client.env import Obs, observation_of
+from sim_client.rollout import Episode, rollout
+
+FIRST_SEED = 900_000_000
+"""Evaluation scenes start here, far from the seeds that collection uses: no policy is tested on a scene it was shown."""
+EPISODES_PER_SEED = 100_000
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Close the loop through a policy server and report the success rate.
+
+    The robot acts through gRPC alone. Exit code 0, or 1 when the success rate is below --min-success, or 2 when the
+    evaluation could not be done.
+
+    Example: python -m sim_client.evaluate --server localhost:50051 --task drawer_opening --episodes 50
+    """
+
+    server: str = "localhost:50051"
+    """HOST:PORT of `python -m serving.server`."""
+    task: Literal["drawer_opening"] = "drawer_opening"
+    """What the robot is to do."""
+    policy: str = ""
+    """Name of the policy to ask for; empty: the server's default."""
+    episodes: int = 50
+    """How many episodes."""
+    seed: int = 0
+    """Of the scenes; scenes of evaluation never coincide with scenes of collection."""
+    report: Path | None = None
+    """Write the report here, as JSON."""
+    min_success: float | None = None
+    """Exit with 1 when the success rate is below this share."""
+    timeout_s: float = 5.0
+    """Deadline of one call."""
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ValueError(f"--episodes must be at least 1, got {self.episodes}")
+        if self.min_success is not None and not 0 <= self.min_success <= 1:
+            raise ValueError(f"--min-success is a share between 0 and 1, got {self.min_success}")
+
+
+class Robot:
+    """Acts through a client and keeps what it saw of the service: latencies and interventions."""
+
+    def __init__(self, client: PolicyClient) -> None:
+        self._client = client
+        self.latency_ms: list[float] = []
+        self.interventions = 0
+
+    def act(self, obs: Obs, info: dict[str, Any]) -> NDArray[np.float32]:
+        answer = self._client.act(observation_of(obs), Pose(*map(float, info["tool_pose"])))
+        self.latency_ms.append(answer.latency_ms)
+        self.interventions += len(answer.interventions)
+        return answer.action
+
+
+def evaluate(config: Evaluate) -> dict[str, Any]:
+    """Run the episodes and return the report. Raises PolicyError when the server refuses or cannot be reached."""
+    env = gymnasium.make(ENV_IDS[config.task])
+    with PolicyClient(config.server, policy=config.policy, spec=SPEC, timeout_s=config.timeout_s) as client:
+        client.wait_ready(timeout_s=30)
+        info = client.policy()
+        robot = Robot(client)
+        episodes: list[Episode] = []
+        start = time.perf_counter()
+        with tqdm(range(config.episodes), unit="episode", desc=config.task) as bar:
+            for index in bar:
+                episodes.append(rollout(env, robot.act, FIRST_SEED + config.seed * EPISODES_PER_SEED + index))
+                bar.set_postfix_str(f"{sum(e.success for e in episodes)}/{len(episodes)} succeeded")
+        seconds = time.perf_counter() - start
+    env.close()
+    return _report(config, info, episodes, robot, seconds)
+
+
+def _report(config: Evaluate, policy: Any, episodes: list[Episode], robot: Robot, seconds: float) -> dict[str, Any]:
+    successes = sum(e.success for e in episodes)
+    steps = sum(map(len, episodes))
+    interval = binomtest(successes, len(episodes)).proportion_ci(0.95, method="wilson")
+    return {
+        "task": config.task,
+        "seed": config.seed,
+        "episodes": len(episodes),
+        "successes": successes,
+        "success_rate": successes / len(episodes),
+        "wilson_low": float(interval.low),
+        "wilson_high": float(interval.high),
+        "latency_ms": {f"p{q}": float(np.percentile(robot.latency_ms, q)) for q in (50, 95, 99)},
+        "control_steps": steps,
+        "control_steps_per_s": steps / seconds,
+        "interventions": robot.interventions,
+        "policy": policy.name,
+        "policy_version": policy.version,
+        "policy_sha256": policy.sha256,
+        "seconds": {"evaluate": seconds},
+        "lengths": [len(e) for e in episodes],
+        "failed_seeds": [e.seed for e in episodes if not e.success],
+    }
+
+
+def main() -> int:
+    config = tyro.cli(Evaluate, description=Evaluate.__doc__)
+    try:
+        report = evaluate(config)
+    except PolicyError as error:
+        print(f"evaluation stopped: {error}", file=sys.stderr)
+        return 2
+    if config.report:
+        write_atomically(config.report, (json.dumps(report, indent=2) + "\n").encode())
+    latency = report["latency_ms"]
+    print(
+        f"{report['task']}: {report['successes']} of {report['episodes']} episodes succeeded, "
+        f"{report['success_rate']:.1%} (95 % interval {report['wilson_low']:.1%} to {report['wilson_high']:.1%}); "
+        f"latency p50 {latency['p50']:.1f} ms, p95 {latency['p95']:.1f} ms, p99 {latency['p99']:.1f} ms; "
+        f"{report['control_steps_per_s']:.0f} control steps/s"
+    )
+    if config.min_success is not None and report["success_rate"] < config.min_success:
+        print(f"below --min-success {config.min_success:.1%}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

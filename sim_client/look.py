@@ -1,0 +1,73 @@
+"""Draw what the robot sees while its scene is turned, for people to check: `python -m sim_client.look --help`."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium
+import matplotlib
+import tyro
+
+from protos.spaces import SPEC
+from sim_client import ENV_IDS
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+TURNS_DEG = (0, 45, 90, 180)
+
+
+@dataclass(frozen=True)
+class Look:
+    """Draw one scene at four turns: the rendered frame, the depth view and the expert's (dx, dy) as an arrow.
+
+    Turned counter-clockwise seen from above, everything in the depth view, the arrow included, must turn
+    counter-clockwise by the same angle.
+
+    Example: python -m sim_client.look --output docs/images/drawer_opening.png
+    """
+
+    output: Path
+    """The picture to write."""
+    task: Literal["drawer_opening"] = "drawer_opening"
+    """Whose scene."""
+    seed: int = 3
+    """Of the scene."""
+    steps: int = 0
+    """Let the expert act this many steps first."""
+
+
+def draw(config: Look) -> None:
+    """Write the picture of `config`."""
+    env = gymnasium.make(ENV_IDS[config.task], render_mode="rgb_array")
+    view, action_spec = SPEC.observation, SPEC.action
+    planar = action_spec.slice_of("planar")
+    figure, axes = plt.subplots(2, len(TURNS_DEG), figsize=(4 * len(TURNS_DEG), 7), constrained_layout=True)
+    for (frame_axis, depth_axis), degrees in zip(axes.T, TURNS_DEG, strict=True):
+        obs, _ = env.reset(seed=config.seed, options={"turn": math.radians(degrees)})
+        for _ in range(config.steps):
+            obs, *_ = env.step(env.unwrapped.expert_action())  # type: ignore[attr-defined]
+        direction = env.unwrapped.expert_action()[planar]  # type: ignore[attr-defined]
+        frame_axis.imshow(env.render())
+        frame_axis.set_title(f"scene turned by {degrees} degrees")
+        image = depth_axis.imshow(obs["depth"], cmap="viridis_r")
+        tail, head = view.pixel_of(direction * 0), view.pixel_of(direction)
+        depth_axis.annotate("", head[::-1], tail[::-1], arrowprops={"color": "red", "width": 2, "headwidth": 8})
+        depth_axis.set_xlabel("column, towards the robot's right")
+        depth_axis.set_ylabel("row, towards the robot")
+    figure.colorbar(image, ax=axes[1], label="depth, m", shrink=0.8)
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(config.output, dpi=80)
+    plt.close(figure)
+    env.close()
+
+
+def main() -> None:
+    config = tyro.cli(Look, description=Look.__doc__)
+    draw(config)
+    print(config.output)
+
+
+if __name__ == "__main__":
+    main()

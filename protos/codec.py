@@ -95,8 +95,8 @@ def unpack_observation(message: pb.Observation, spec: ObservationSpec) -> Observ
             f"{len(bad)} non-finite pixels, the first at row {row}, column {col}",
             "fill missing pixels before sending",
         )
-    low, high = float(depth.min()), float(depth.max())
-    if low < spec.depth_min_m or high > spec.depth_max_m:
+    low, high, slack = float(depth.min()), float(depth.max()), _rounding_m(message, spec)
+    if low < spec.depth_min_m - slack or high > spec.depth_max_m + slack:
         raise Rejected(
             "observation.depth",
             f"{spec.depth_min_m:g} to {spec.depth_max_m:g} m",
@@ -108,8 +108,18 @@ def unpack_observation(message: pb.Observation, spec: ObservationSpec) -> Observ
     return Observation(depth.astype(np.float32, copy=False), message.gripper)
 
 
+def _rounding_m(message: pb.Observation, spec: ObservationSpec) -> float:
+    """How far a depth on the edge of the range may come out beyond it: float32(0.6) > 0.6, and counts round up."""
+    count = 0.0 if message.encoding == pb.Observation.FLOAT32_METERS else _metres_per_count(message)
+    return min(count, MILLIMETRE) / 2 + float(np.finfo(np.float32).eps) * spec.depth_max_m
+
+
+def _metres_per_count(message: pb.Observation) -> float:
+    return message.depth_scale if message.encoding == pb.Observation.UINT16 else MILLIMETRE
+
+
 def _metres(counts: NDArray[np.uint16], message: pb.Observation) -> NDArray[np.float32]:
-    scale = message.depth_scale if message.encoding == pb.Observation.UINT16 else MILLIMETRE
+    scale = _metres_per_count(message)
     if not (math.isfinite(scale) and scale > 0):
         raise Rejected("observation.depth_scale", "metres per count, positive", f"{scale:g}")
     return counts.astype(np.float32) * np.float32(scale)

@@ -4,10 +4,9 @@ Written by training.export, read by serving.policy. Text and plain arrays only; 
 """
 
 import base64
-import binascii
 import io
 import json
-import zipfile
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -22,6 +21,8 @@ from protos.symmetry import Group
 MANIFEST_KEY = "equiserve.manifest"
 GOLDEN_KEY = "equiserve.golden"
 FORMAT = 1
+
+EQUIVARIANCE = ("both", "actor", "critic", "none")
 
 # The tensors of the graph. B is a free batch axis.
 INPUTS = ("depth", "gripper")  # float32 [B, 1, H, W] metres; float32 [B, 1]
@@ -68,6 +69,22 @@ class Manifest:
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     """Closed-loop results, if known: success_rate, episodes, ..."""
 
+    def __post_init__(self) -> None:
+        Group.parse(self.group)
+        for name in ("task", "algorithm", "dataset_id", "dataset_sha256", "code_version"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be text, got {getattr(self, name)!r}")
+        if not self.task:
+            raise ValueError("task must not be empty: callers ask for a policy by it")
+        if self.equivariance not in EQUIVARIANCE:  # a typing error must not switch the symmetry proof off
+            raise ValueError(f"equivariance must be one of {EQUIVARIANCE}, got {self.equivariance!r}")
+        for name in ("seed", "updates"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        for name in ("equivariance_error_90", "equivariance_error_45"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
+
     @property
     def actor_is_equivariant(self) -> bool:
         return self.equivariance in ("both", "actor")
@@ -102,13 +119,12 @@ class Manifest:
             spec = PolicySpec.from_json(plain.pop("contract"))
             recorded = plain.pop("contract_digest")
             manifest = cls(spec=spec, golden=_read_golden(metadata[GOLDEN_KEY], spec), **plain)
-            Group.parse(manifest.group)
-        except (ValueError, KeyError, TypeError) as error:
+            if recorded != spec.digest:
+                raise _refused(f"{MANIFEST_KEY}.contract_digest", spec.digest, str(recorded))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, Rejected):
                 raise
             raise _refused(MANIFEST_KEY, "a manifest of this version", repr(error)) from error
-        if recorded != spec.digest:
-            raise _refused(f"{MANIFEST_KEY}.contract_digest", spec.digest, recorded)
         return manifest
 
 
@@ -116,7 +132,7 @@ def _read_golden(text: str, spec: PolicySpec) -> Golden:
     try:
         with np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False) as arrays:
             golden = Golden(arrays["depth"], arrays["gripper"], arrays["action"])
-    except (ValueError, KeyError, OSError, EOFError, binascii.Error, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy, zipfile, zlib and struct each raise their own on bytes that are no npz
         raise _refused(GOLDEN_KEY, "base64 of an npz with depth, gripper and action", repr(error)) from error
     pairs = len(golden.gripper)
     shapes = {"depth": (pairs, *spec.observation.shape), "gripper": (pairs,), "action": (pairs, spec.action.size)}

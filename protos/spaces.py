@@ -163,14 +163,16 @@ class ObservationSpec:
     gripper: GripperState = GripperState.HOLDING
 
     def __post_init__(self) -> None:
-        if self.height != self.width or self.height <= 0:
-            raise ValueError(f"the view must be square, got {self.height} x {self.width}")
+        if not (isinstance(self.height, int) and self.height == self.width and self.height > 0):
+            raise ValueError(f"the view must be square, whole pixels, got {self.height} x {self.width}")
+        if not 0 < self.extent_m < math.inf or not math.isfinite(self.plane_above_tool_m):
+            raise ValueError(f"lengths must be finite, got {self.extent_m} and {self.plane_above_tool_m}")
         axes = np.array([self.row_axis, self.col_axis])
         if not np.array_equal(axes @ axes.T, np.eye(2)):
             raise ValueError(
                 f"row_axis and col_axis must be orthonormal world directions, got {self.row_axis}, {self.col_axis}"
             )
-        if not 0 <= self.depth_min_m < self.depth_max_m:
+        if not 0 <= self.depth_min_m < self.depth_max_m < math.inf:
             raise ValueError(f"depth range must be 0 <= min < max, got {self.depth_min_m}..{self.depth_max_m}")
 
     @property

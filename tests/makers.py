@@ -35,7 +35,7 @@ def scene(seed: int, spec: PolicySpec | None = None, gripper: float = 0.0) -> Ob
     depth = np.full((size, size), TABLE_M, np.float32)
     for _ in range(3):
         row, col = rng.integers(0, size * 3 // 4, 2)
-        height, width = rng.integers(2, size // 3, 2)
+        height, width = rng.integers(2, max(size // 3, 3), 2)
         depth[row : row + height, col : col + width] = TABLE_M - rng.uniform(0.03, 0.15)
     return Observation(depth, gripper)
 

@@ -1,0 +1,181 @@
+"""Limits belong to fields, conversion has one inverse, and the digest sees every change."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from protos.errors import Rejected, Status
+from protos.spaces import (
+    ACTION,
+    OBSERVATION,
+    PSEUDOSCALAR,
+    SCALAR,
+    SPEC,
+    VECTOR,
+    ActionSpec,
+    Field,
+    GripperState,
+    ObservationSpec,
+    PolicySpec,
+)
+from protos.symmetry import Group
+
+actions = hnp.arrays(np.float64, (4, ACTION.size), elements=st.floats(-3, 3))
+
+OTHER_OBSERVATIONS = [
+    replace(OBSERVATION, height=64, width=64),
+    replace(OBSERVATION, extent_m=0.5),
+    replace(OBSERVATION, row_axis=(1, 0)),
+    replace(OBSERVATION, col_axis=(0, 1)),
+    replace(OBSERVATION, row_axis=(0, -1), col_axis=(-1, 0)),
+    replace(OBSERVATION, plane_above_tool_m=0.2),
+    replace(OBSERVATION, depth_min_m=0.01),
+    replace(OBSERVATION, depth_max_m=0.7),
+    replace(OBSERVATION, gripper=GripperState.OPEN_RATIO),
+]
+OTHER_FIELDS = [
+    (0, replace(ACTION.fields[0], high=2.0)),
+    (0, replace(ACTION.fields[0], low=-1.0)),
+    (1, replace(ACTION.fields[1], limit=0.04)),
+    (1, replace(ACTION.fields[1], components=("dy", "dx"))),
+    (2, replace(ACTION.fields[2], name="height")),
+    (3, replace(ACTION.fields[3], kind=SCALAR)),
+    (3, replace(ACTION.fields[3], unit="deg")),
+]
+
+
+def other_action(index: int, field: Field) -> PolicySpec:
+    fields = list(ACTION.fields)
+    fields[index] = field
+    return PolicySpec(OBSERVATION, ActionSpec(tuple(fields)))
+
+
+OTHER_SPECS = [PolicySpec(o, ACTION) for o in OTHER_OBSERVATIONS] + [other_action(*f) for f in OTHER_FIELDS]
+
+
+@given(actions)
+def test_projection_lands_within_limits_and_stays_there(action):
+    once = ACTION.project(action)
+    assert (ACTION.magnitudes(once) <= 1 + 1e-9).all()
+    np.testing.assert_allclose(ACTION.project(once), once, atol=1e-12)
+
+
+@given(actions)
+def test_projection_leaves_what_is_within_limits(action):
+    inside = ACTION.denormalize(ACTION.normalize(ACTION.project(action)) * 0.9)
+    np.testing.assert_allclose(ACTION.project(inside), inside, atol=1e-12)
+
+
+@given(actions)
+@pytest.mark.parametrize("element", list(Group(8, reflections=True)), ids=str)
+def test_projection_singles_out_no_direction(element, action):
+    """Projecting then turning is turning then projecting: a box on (dx, dy) would fail here."""
+    centred = action - ACTION.centre  # rho acts on centred quantities
+    turned_after = element.action(ACTION.project(action) - ACTION.centre, ACTION)
+    turned_before = ACTION.project(element.action(centred, ACTION) + ACTION.centre) - ACTION.centre
+    np.testing.assert_allclose(turned_after, turned_before, atol=1e-12)
+
+
+@given(actions)
+def test_normalising_has_an_inverse(action):
+    np.testing.assert_allclose(ACTION.denormalize(ACTION.normalize(action)), action, atol=1e-12)
+
+
+@pytest.mark.parametrize("spec", [SPEC, *OTHER_SPECS])
+def test_json_round_trip(spec):
+    assert PolicySpec.from_json(spec.to_json()) == spec
+
+
+def test_every_changed_field_changes_the_digest():
+    digests = [spec.digest for spec in (SPEC, *OTHER_SPECS)]
+    assert len(set(digests)) == len(digests)
+
+
+def test_digest_is_a_function_of_content_alone():
+    assert PolicySpec(ObservationSpec(), ACTION).digest == PolicySpec.from_json(SPEC.to_json()).digest
+
+
+def test_a_difference_is_named_with_both_values():
+    with pytest.raises(Rejected) as caught:
+        SPEC.require_same(PolicySpec(replace(OBSERVATION, extent_m=0.5), ACTION), "the robot")
+    assert caught.value.field == "contract.observation.extent_m"
+    assert "0.45" in str(caught.value)
+    assert "0.5 in the robot" in str(caught.value)
+    assert caught.value.status is Status.FAILED_PRECONDITION
+
+
+def _without(key):
+    tree = json.loads(SPEC.to_json())
+    del tree[key]
+    return json.dumps(tree)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", "null", "{}", '"x"', SPEC.to_json()[:-1], _without("action"), _without("observation")]
+)
+def test_other_json_is_rejected(text):
+    with pytest.raises(Rejected):
+        PolicySpec.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"width": 64},
+        {"height": 0, "width": 0},
+        {"height": 128.0, "width": 128.0},
+        {"extent_m": 0.0},
+        {"extent_m": math.inf},
+        {"plane_above_tool_m": math.nan},
+        {"row_axis": (1, 1)},
+        {"row_axis": (0, -1)},
+        {"depth_min_m": -0.1},
+        {"depth_max_m": 0.0},
+        {"depth_max_m": math.inf},
+    ],
+)
+def test_impossible_views_are_refused(changed):
+    with pytest.raises(ValueError, match=r"must be"):
+        replace(OBSERVATION, **changed)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"components": ("a",), "kind": VECTOR, "limit": 1.0},
+        {"components": ("a", "b"), "kind": SCALAR, "limit": 1.0},
+        {"components": ("a",), "kind": SCALAR},
+        {"components": ("a",), "kind": SCALAR, "limit": 1.0, "low": 0.0, "high": 1.0},
+        {"components": ("a",), "kind": SCALAR, "limit": -1.0},
+        {"components": ("a",), "kind": SCALAR, "limit": math.inf},
+        {"components": ("a",), "kind": SCALAR, "low": 1.0, "high": 0.0},
+        {"components": ("a",), "kind": PSEUDOSCALAR, "low": 0.0, "high": 1.0},
+    ],
+)
+def test_impossible_fields_are_refused(made):
+    with pytest.raises(ValueError, match="field broken"):
+        Field("broken", unit="1", **made)
+
+
+def test_component_names_are_distinct():
+    with pytest.raises(ValueError, match="distinct"):
+        ActionSpec((ACTION.fields[2], replace(ACTION.fields[2], name="again")))
+
+
+def test_an_unknown_field_is_named():
+    with pytest.raises(KeyError, match="planar"):
+        ACTION.slice_of("plane")
+
+
+def test_pixels_lie_where_the_world_is():
+    """By hand, in the default view: row 0 looks to +x, column 0 to +y, the middle is the gripper."""
+    half, edge = OBSERVATION.extent_m / 2, OBSERVATION.height - 0.5
+    np.testing.assert_allclose(OBSERVATION.pixel_of(np.array([half, half])), [-0.5, -0.5])
+    np.testing.assert_allclose(OBSERVATION.pixel_of(np.array([-half, half])), [edge, -0.5])
+    np.testing.assert_allclose(OBSERVATION.pixel_of(np.array([half, -half])), [-0.5, edge])

@@ -96,7 +96,7 @@ def unpack_observation(message: pb.Observation, spec: ObservationSpec) -> Observ
             "fill missing pixels before sending",
         )
     low, high, slack = float(depth.min()), float(depth.max()), _rounding_m(message, spec)
-    if low < spec.depth_min_m - slack or high > spec.depth_max_m + slack:
+    if low < max(spec.depth_min_m - slack, 0.0) or high > spec.depth_max_m + slack:
         raise Rejected(
             "observation.depth",
             f"{spec.depth_min_m:g} to {spec.depth_max_m:g} m",
@@ -109,7 +109,7 @@ def unpack_observation(message: pb.Observation, spec: ObservationSpec) -> Observ
 
 
 def _rounding_m(message: pb.Observation, spec: ObservationSpec) -> float:
-    """How far a depth on the edge of the range may come out beyond it: float32(0.6) > 0.6, and counts round up."""
+    """How far a depth on the edge of the range may come out beyond it: float32(0.6) > 0.6, and counts are rounded."""
     count = 0.0 if message.encoding == pb.Observation.FLOAT32_METERS else _metres_per_count(message)
     return min(count, MILLIMETRE) / 2 + float(np.finfo(np.float32).eps) * spec.depth_max_m
 
@@ -122,7 +122,8 @@ def _metres(counts: NDArray[np.uint16], message: pb.Observation) -> NDArray[np.f
     scale = _metres_per_count(message)
     if not (math.isfinite(scale) and scale > 0):
         raise Rejected("observation.depth_scale", "metres per count, positive", f"{scale:g}")
-    return counts.astype(np.float32) * np.float32(scale)
+    with np.errstate(over="ignore"):  # infinity is refused with everything else out of range
+        return counts.astype(np.float32) * np.float32(scale)
 
 
 def unpack_pose(message: pb.Observation) -> Pose | None:

@@ -1,4 +1,4 @@
-"""Small real objects for tests: specs, scenes, and policy.onnx files that are truly equivariant, or broken in one way."""
+"""Small real objects for tests: specs, scenes, and policy.onnx files truly equivariant, or broken in one way."""
 
 import hashlib
 from collections.abc import Sequence
@@ -143,7 +143,7 @@ def _graph(spec: PolicySpec, breaks: tuple[str, ...], with_value: bool, weight: 
         nan: every action is NaN.   nan_when_far: those of images beyond FAR_M are.
         scaled: planar motion comes in other units.   wild: actions exceed their limits.
         still: no planar motion.   lopsided: planar motion has a part that does not turn.
-        slow_when_far: about a second of work for images beyond FAR_M.
+        slow_when_far: a second or so of work for images beyond FAR_M.
     """
     g = _Graph([], [])
     depth, gripper = "depth", "gripper"
@@ -222,7 +222,7 @@ def _burn(g: _Graph, farthest: str) -> str:
         ],
         [numpy_helper.from_array(np.array(v, np.float32), n) for n, v in (("low", 0.0), ("high", 1.0))],
     )
-    trips = g.add("Mul", far, np.array(300))
+    trips = g.add("Mul", far, np.array(500))
     state = g.add("Expand", g.add("Mul", g.add("ReduceMax", farthest, keepdims=0), 1e-3), np.array([512, 512]))
     burned = g.add("Loop", trips, "", state, body=body)
     return g.add("Mul", g.add("ReduceMean", burned, keepdims=0), 0.0)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -71,8 +72,7 @@ def test_counts_hold_no_other_depth(encoding, value):
 def test_any_message_is_valid_or_rejected(message):
     try:
         observation = unpack_observation(message, SPEC)
-    except Rejected as rejected:
-        assert rejected.field.startswith("observation.")
+    except Rejected:
         return
     assert observation.depth.shape == SPEC.shape
     assert observation.depth.dtype == np.float32
@@ -85,8 +85,7 @@ def test_any_message_is_valid_or_rejected(message):
 def test_any_bytes_parse_to_valid_or_rejected(data):
     try:
         message = pb.Observation.FromString(data)
-    except Exception as error:  # protobuf's own refusal, which grpc turns into a status
-        assert type(error).__name__ == "DecodeError"
+    except DecodeError:  # grpc turns it into a status
         return
     with pytest.raises(Rejected):
         unpack_observation(message, small_spec(32).observation)

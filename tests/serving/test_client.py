@@ -1,0 +1,178 @@
+"""What a controller relies on: contract compared, one kind of error, deadlines kept, retries only where they help."""
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import grpc
+import numpy as np
+import pytest
+
+from protos.equiserve.v1 import policy_pb2 as pb
+from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
+from protos.errors import Rejected
+from protos.spaces import ACTION, OBSERVATION, PolicySpec, Pose
+from serving.client import PolicyClient, PolicyError
+from tests.makers import scene, small_spec
+
+CODES = [code for code in grpc.StatusCode if code not in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)]
+
+
+class Fickle(pb_grpc.PolicyServiceServicer):
+    """Answers GetAction with the given failures first, then well; counts the calls."""
+
+    def __init__(self):
+        self.failures, self.calls, self.delay_s, self.last = [], 0, 0.0, None
+
+    def GetPolicy(self, request, context):
+        spec = small_spec()
+        return pb.GetPolicyResponse(
+            policy=pb.PolicyInfo(name="fickle", contract=spec.to_json(), contract_digest=spec.digest)
+        )
+
+    def GetAction(self, request, context):
+        self.calls, self.last = self.calls + 1, request
+        time.sleep(self.delay_s)
+        if self.failures:
+            context.abort(self.failures.pop(0), "as told")
+        return pb.GetActionResponse(action=pb.Action(p=1.0), valid_for_us=7)
+
+
+@pytest.fixture
+def fickle():
+    servicer, server = Fickle(), grpc.server(ThreadPoolExecutor(4))
+    pb_grpc.add_PolicyServiceServicer_to_server(servicer, server)
+    servicer.address = f"localhost:{server.add_insecure_port('localhost:0')}"
+    server.start()
+    yield servicer
+    server.stop(None).wait()
+
+
+def test_an_answer_is_the_policys(running, policy):
+    with PolicyClient(running.server.address, spec=small_spec()) as client:
+        answer = client.act(scene(3, gripper=1.0))
+    proposal = policy.act(scene(3, gripper=1.0))
+    np.testing.assert_allclose(answer.action, proposal.action, atol=1e-6)
+    np.testing.assert_allclose(answer.std, proposal.std, atol=1e-6)
+    assert answer.action.dtype == np.float32
+    assert answer.value == pytest.approx(proposal.value)
+    assert (answer.policy, answer.version, answer.valid_for_us) == ("tiny", policy.version, 200_000)
+    assert answer.interventions == ()
+    assert answer.latency_ms * 1e3 > answer.timing.inference_us > 0
+
+
+def test_a_client_without_a_contract_takes_the_servers(running):
+    with PolicyClient(running.server.address) as client:
+        assert client.spec == small_spec()
+        assert client.policy().name == "tiny"
+
+
+def test_a_contract_that_differs_is_refused_by_field_before_any_action(running):
+    expected = PolicySpec(replace(small_spec().observation, extent_m=0.5), ACTION)
+    runs = running.runs
+    with (
+        PolicyClient(running.server.address, spec=expected) as client,
+        pytest.raises(Rejected, match=r"contract\.observation\.extent_m: expected .*0\.5, got .*0\.45"),
+    ):
+        client.act(scene(0))
+    assert running.runs == runs
+
+
+def test_the_digest_travels_with_every_request(fickle):
+    with PolicyClient(fickle.address) as client:
+        client.act(scene(0), Pose(0.1, 0.2, 0.3, 0.4))
+    assert fickle.last.contract_digest == small_spec().digest
+    assert fickle.last.observation.pose.yaw == 0.4
+
+
+def test_a_contract_that_changes_under_a_client_is_noticed(running, serve, healthy, tmp_path):
+    """The server restarted with a policy of another contract."""
+    with PolicyClient(running.server.address) as client:
+        client.policy()
+        client._connected = client._connected[0], PolicySpec(OBSERVATION, ACTION)
+        with pytest.raises(PolicyError, match="contract_digest") as refused:
+            client.act(scene(0))
+    assert refused.value.code is grpc.StatusCode.FAILED_PRECONDITION
+
+
+@pytest.mark.parametrize(("named", "field"), [({"policy": "other"}, "name"), ({"version": "0"}, "version")])
+def test_an_unknown_policy_is_one_policy_error(running, named, field):
+    with PolicyClient(running.server.address, **named) as client, pytest.raises(PolicyError) as refused:
+        client.act(scene(0))
+    assert refused.value.code is grpc.StatusCode.NOT_FOUND
+    assert refused.value.message.startswith(f"{field}: expected")
+
+
+def test_a_frame_of_another_size_is_refused_by_field(running):
+    with (
+        PolicyClient(running.server.address) as client,
+        pytest.raises(PolicyError, match=r"INVALID_ARGUMENT: observation\.height: expected 32 pixels, got 16"),
+    ):
+        client.act(scene(0, small_spec(16)))
+
+
+def test_unavailable_is_tried_again(fickle):
+    fickle.failures = [grpc.StatusCode.UNAVAILABLE] * 2
+    with PolicyClient(fickle.address) as client:
+        assert client.act(scene(0)).valid_for_us == 7
+    assert fickle.calls == 3
+
+
+def test_unavailable_is_not_tried_forever(fickle):
+    fickle.failures = [grpc.StatusCode.UNAVAILABLE] * 20
+    with PolicyClient(fickle.address) as client, pytest.raises(PolicyError, match="UNAVAILABLE: as told"):
+        client.act(scene(0))
+    assert fickle.calls == 4
+
+
+@pytest.mark.parametrize("code", CODES, ids=lambda code: code.name)
+def test_nothing_else_is_tried_again(fickle, code):
+    fickle.failures = [code]
+    with PolicyClient(fickle.address) as client, pytest.raises(PolicyError) as refused:
+        client.act(scene(0))
+    assert (refused.value.code, refused.value.message) == (code, "as told")
+    assert fickle.calls == 1
+
+
+def test_the_deadline_covers_retries(fickle):
+    fickle.failures, fickle.delay_s = [grpc.StatusCode.UNAVAILABLE] * 20, 0.12
+    with PolicyClient(fickle.address, timeout_s=0.3) as client:
+        client.policy()
+        start = time.monotonic()
+        with pytest.raises(PolicyError) as refused:
+            client.act(scene(0))
+    assert refused.value.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    assert time.monotonic() - start < 0.6
+
+
+def test_a_slow_server_is_a_deadline(fickle):
+    fickle.delay_s = 0.5
+    with PolicyClient(fickle.address, timeout_s=0.1) as client:
+        client.policy()
+        with pytest.raises(PolicyError, match="DEADLINE_EXCEEDED"):
+            client.act(scene(0))
+
+
+def test_waiting_for_nobody_ends():
+    with PolicyClient("localhost:1") as client, pytest.raises(PolicyError, match="UNAVAILABLE"):
+        client.wait_ready(0.3)
+
+
+def test_waiting_ends_when_the_server_is_ready(launch, healthy):
+    """The client starts before the server has a socket."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"localhost:{free.getsockname()[1]}"
+    process = launch("--policy", healthy, "--listen", address)
+    with PolicyClient(address) as client:
+        assert client.wait_ready(20).name == "tiny"
+        client.act(scene(0))
+    process.terminate()
+    assert process.wait(10) == 0
+
+
+def test_waiting_does_not_hide_another_error(running):
+    start = time.monotonic()
+    with PolicyClient(running.server.address, "other") as client, pytest.raises(PolicyError, match="NOT_FOUND"):
+        client.wait_ready(20)
+    assert time.monotonic() - start < 5

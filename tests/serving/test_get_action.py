@@ -1,0 +1,306 @@
+"""GetAction over a real socket: what it answers, and that nothing invalid reaches the model."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import pytest
+
+from protos.codec import pack_observation, unpack_action
+from protos.equiserve.v1 import policy_pb2 as pb
+from protos.spaces import ACTION, Pose
+from serving.server import QUEUE_PER_WORKER
+from tests.makers import far_scene, scene, small_spec, tiny_policy_file
+
+FLOAT32, MILLIMETRES, UINT16 = pb.Observation.FLOAT32_METERS, pb.Observation.UINT16_MILLIMETERS, pb.Observation.UINT16
+SIZE = small_spec().observation.height
+
+
+def request(**changed):
+    """A valid request, then changed; a key "observation_x" changes the observation's x."""
+    message = pb.GetActionRequest(observation=pack_observation(scene(1)))
+    for name, value in changed.items():
+        target, field = (message.observation, name[12:]) if name.startswith("observation_") else (message, name)
+        if isinstance(value, pb.Pose):
+            getattr(target, field).CopyFrom(value)
+        else:
+            setattr(target, field, value)
+    return message
+
+
+def pixels(value=0.3, dtype="<f4", count=SIZE * SIZE, place=7):
+    """Bytes of an image that is fine but for one pixel."""
+    image = np.full(count, 0.3 if dtype == "<f4" else 300, dtype)
+    image[place] = value
+    return image.tobytes()
+
+
+def counts(scale, value=300):
+    return {
+        "observation_encoding": UINT16,
+        "observation_depth": pixels(value, "<u2"),
+        "observation_depth_scale": scale,
+    }
+
+
+BAD = "INVALID_ARGUMENT"
+MALFORMED = {
+    "nothing at all": (pb.GetActionRequest(), BAD, "observation"),
+    "no observation": (pb.GetActionRequest(policy="tiny"), BAD, "observation"),
+    "empty observation": (pb.GetActionRequest(observation=pb.Observation()), BAD, "observation.encoding"),
+    "no bytes": (request(observation_depth=b""), BAD, "observation.depth"),
+    "one byte": (request(observation_depth=b"\0"), BAD, "observation.depth"),
+    "a byte short": (request(observation_depth=pixels()[:-1]), BAD, "observation.depth"),
+    "a byte long": (request(observation_depth=pixels() + b"\0"), BAD, "observation.depth"),
+    "another image's size": (request(observation_depth=pixels(count=128 * 128)), BAD, "observation.depth"),
+    "half as many bytes": (request(observation_depth=pixels(300, "<u2")), BAD, "observation.depth"),
+    "floats called counts": (request(observation_encoding=MILLIMETRES), BAD, "observation.depth"),
+    "no encoding": (request(observation_encoding=0), BAD, "observation.encoding"),
+    "unknown encoding": (request(observation_encoding=4), BAD, "observation.encoding"),
+    "negative encoding": (request(observation_encoding=-1), BAD, "observation.encoding"),
+    "no height": (request(observation_height=0), BAD, "observation.height"),
+    "no width": (request(observation_width=0), BAD, "observation.width"),
+    "height off by one": (request(observation_height=SIZE + 1), BAD, "observation.height"),
+    "width off by one": (request(observation_width=SIZE - 1), BAD, "observation.width"),
+    "height and width that multiply right": (
+        request(observation_height=SIZE * 2, observation_width=SIZE // 2),
+        BAD,
+        "observation.height",
+    ),
+    "largest height": (request(observation_height=2**32 - 1), BAD, "observation.height"),
+    "NaN pixel": (request(observation_depth=pixels(np.nan)), BAD, "observation.depth"),
+    "infinite pixel": (request(observation_depth=pixels(np.inf)), BAD, "observation.depth"),
+    "minus infinity": (request(observation_depth=pixels(-np.inf)), BAD, "observation.depth"),
+    "negative depth": (request(observation_depth=pixels(-0.01)), BAD, "observation.depth"),
+    "depth beyond the range": (request(observation_depth=pixels(0.61)), BAD, "observation.depth"),
+    "millimetres as metres": (request(observation_depth=pixels(300.0)), BAD, "observation.depth"),
+    "big-endian": (request(observation_depth=np.full(SIZE * SIZE, 0.3, ">f4").tobytes()), BAD, "observation.depth"),
+    "counts beyond the range": (request(**counts(1e-3, value=601)), BAD, "observation.depth"),
+    "no depth scale": (request(**counts(0.0)), BAD, "observation.depth_scale"),
+    "negative depth scale": (request(**counts(-1e-3)), BAD, "observation.depth_scale"),
+    "NaN depth scale": (request(**counts(np.nan)), BAD, "observation.depth_scale"),
+    "infinite depth scale": (request(**counts(np.inf)), BAD, "observation.depth_scale"),
+    "overflowing depth scale": (request(**counts(3e38)), BAD, "observation.depth"),
+    "NaN gripper": (request(observation_gripper=np.nan), BAD, "observation.gripper"),
+    "infinite gripper": (request(observation_gripper=np.inf), BAD, "observation.gripper"),
+    "gripper above one": (request(observation_gripper=1.001), BAD, "observation.gripper"),
+    "negative gripper": (request(observation_gripper=-0.001), BAD, "observation.gripper"),
+    "NaN pose": (request(observation_pose=pb.Pose(x=np.nan)), BAD, "observation.pose.x"),
+    "infinite yaw": (request(observation_pose=pb.Pose(yaw=np.inf)), BAD, "observation.pose.yaw"),
+    "unknown mode": (request(mode=9), BAD, "mode"),
+    "unknown policy": (request(policy="other"), "NOT_FOUND", "policy"),
+    "a path as policy": (request(policy="../policy.onnx"), "NOT_FOUND", "policy"),
+    "a long policy": (request(policy="x" * 10_000), "NOT_FOUND", "policy"),
+    "unknown version": (request(version="0" * 12), "NOT_FOUND", "version"),
+    "another contract": (request(contract_digest="0" * 64), "FAILED_PRECONDITION", "contract_digest"),
+    "an episode": (request(episode_id="e1"), "UNIMPLEMENTED", "episode_id"),
+    "a step": (request(step=3), "UNIMPLEMENTED", "step"),
+    "sampling": (request(mode=pb.MODE_SAMPLE, seed=1), "UNIMPLEMENTED", "mode"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_requests_are_refused_by_name_and_never_reach_the_model(running, case):
+    message, code, field = MALFORMED[case]
+    runs = running.runs
+    with pytest.raises(grpc.RpcError) as refused:
+        running.stub.GetAction(message, timeout=5)
+    assert refused.value.code().name == code
+    assert refused.value.details().startswith(f"{field}: expected ")
+    assert len(refused.value.details()) < 500
+    assert running.runs == runs
+
+
+def test_not_found_lists_what_there_is(running):
+    with pytest.raises(grpc.RpcError, match="one of: tiny"):
+        running.stub.GetAction(request(policy="other"))
+    with pytest.raises(grpc.RpcError, match=f"one of: {running.policy.version}"):
+        running.stub.GetAction(request(version="other"))
+
+
+def test_a_request_that_is_too_large_is_refused(running):
+    with pytest.raises(grpc.RpcError) as refused:
+        running.stub.GetAction(request(observation_depth=bytes(5 * 1024 * 1024)))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("gripper", [0.0, 1.0])
+def test_the_answer_is_what_the_graph_says(running, policy, seed, gripper):
+    observation = scene(seed, gripper=gripper)
+    feeds = {"depth": observation.depth[None, None], "gripper": np.full((1, 1), gripper, np.float32)}
+    action, std, value = policy.session.run(["action", "std", "value"], feeds)
+    answer = running.stub.GetAction(pb.GetActionRequest(observation=pack_observation(observation)))
+    np.testing.assert_allclose(unpack_action(answer.raw_action, ACTION), action[0], atol=1e-7)
+    np.testing.assert_allclose(unpack_action(answer.std, ACTION), std[0], atol=1e-7)
+    assert answer.value == pytest.approx(value[0])
+    assert answer.action == answer.raw_action
+    assert not answer.interventions
+
+
+def test_the_answer_says_who_answered_and_for_how_long(running):
+    answer = running.stub.GetAction(request())
+    assert (answer.policy, answer.version) == ("tiny", running.policy.version)
+    assert answer.contract_digest == small_spec().digest
+    assert answer.valid_for_us == 200_000
+    assert answer.timing.inference_us > 0
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"policy": "tiny"},
+        {"contract_digest": small_spec().digest},
+        {"mode": pb.MODE_GREEDY},
+        {"observation_pose": pb.Pose(z=0.1)},
+    ],
+    ids=str,
+)
+def test_optional_fields_are_welcome(running, named):
+    assert running.stub.GetAction(request(**named)).action == running.stub.GetAction(request()).action
+
+
+@pytest.mark.parametrize("encoding", [MILLIMETRES, UINT16])
+def test_counts_give_the_same_action_to_their_precision(running, encoding):
+    exact = running.stub.GetAction(request())
+    rounded = running.stub.GetAction(pb.GetActionRequest(observation=pack_observation(scene(1), encoding)))
+    np.testing.assert_allclose(
+        unpack_action(rounded.action, ACTION), unpack_action(exact.action, ACTION), atol=0.02 * ACTION.scale.max()
+    )
+
+
+def test_replies_are_never_swapped_between_threads(running, policy):
+    scenes = [scene(seed, gripper=float(seed % 2)) for seed in range(16)]
+    expected = [policy.act(s).action for s in scenes]
+    messages = [pb.GetActionRequest(observation=pack_observation(s)) for s in scenes]
+    assert len({tuple(action) for action in expected}) == len(scenes)
+
+    def check(start):
+        for step in range(40):
+            i = (start + step) % len(scenes)
+            answer = running.stub.GetAction(messages[i])
+            np.testing.assert_allclose(unpack_action(answer.action, ACTION), expected[i], atol=1e-6)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(check, range(8)))
+
+
+def test_a_policy_without_a_critic_sends_no_value(serve, tmp_path):
+    running = serve(policy=(str(tiny_policy_file(tmp_path / "p.onnx", with_value=False)),))
+    assert not running.stub.GetAction(request()).HasField("value")
+    assert not running.stub.GetPolicy(pb.GetPolicyRequest()).policy.has_value
+
+
+def test_interventions_are_reported_and_nothing_else_changes(serve, tmp_path):
+    running = serve(policy=(str(tiny_policy_file(tmp_path / "p.onnx", breaks=["wild"], golden_from="broken")),))
+    answer = running.stub.GetAction(request())
+    raw, action = unpack_action(answer.raw_action, ACTION), unpack_action(answer.action, ACTION)
+    changed = {i.field for i in answer.interventions}
+    assert "planar" in changed
+    assert changed == {f.name for f, size in zip(ACTION.fields, ACTION.magnitudes(raw), strict=True) if size > 1}
+    assert (ACTION.magnitudes(action) <= 1 + 1e-6).all()
+    for intervention in answer.interventions:
+        part = ACTION.slice_of(intervention.field)
+        assert intervention.rule == "limit"
+        np.testing.assert_array_equal(intervention.before, raw[part])
+        np.testing.assert_array_equal(intervention.after, action[part])
+
+
+def test_a_nan_of_the_model_is_an_error_and_no_motion(serve, tmp_path):
+    running = serve(policy=(str(tiny_policy_file(tmp_path / "p.onnx", breaks=["nan_when_far"])),))
+    with pytest.raises(grpc.RpcError) as refused:
+        running.stub.GetAction(pb.GetActionRequest(observation=pack_observation(far_scene())))
+    assert refused.value.code() is grpc.StatusCode.INTERNAL
+    assert "non-finite action" in refused.value.details()
+
+
+def test_an_unexpected_error_leaves_as_a_number_only(serve, healthy, monkeypatch, caplog):
+    running = serve(policy=(str(healthy),))
+
+    def fail(*_):
+        raise RuntimeError("/secret/path of the server")
+
+    monkeypatch.setattr(running.sessions["tiny"], "run", fail)
+    with pytest.raises(grpc.RpcError) as refused:
+        running.stub.GetAction(request())
+    assert refused.value.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in refused.value.details()
+    request_id = refused.value.details().split()[-1]
+    assert request_id in caplog.text
+    assert "/secret/path" in caplog.text
+
+
+def test_workspace_needs_a_pose_and_shortens_the_motion(serve, healthy):
+    running = serve(policy=(str(healthy),), workspace=(0.3, 0.7, -0.2, 0.2, 0.0, 0.5))
+    with pytest.raises(grpc.RpcError, match=r"observation\.pose: expected a pose") as refused:
+        running.stub.GetAction(request())
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    raw = unpack_action(running.stub.GetAction(request(observation_pose=pb.Pose(x=0.5, z=0.2))).action, ACTION)
+    corner = Pose(0.7 if raw[1] > 0 else 0.3, 0.0, 0.2, 0.0)
+    answer = running.stub.GetAction(pb.GetActionRequest(observation=pack_observation(scene(1), pose=corner)))
+    assert [(i.field, i.rule) for i in answer.interventions] == [("planar", "workspace")]
+    assert answer.action.dx == answer.action.dy == 0
+
+
+@pytest.fixture
+def held(serve, healthy, monkeypatch):
+    """A server with one worker whose model has been asked and answers only when the event is set."""
+    running, release, asked = serve(policy=(str(healthy),), max_workers=1), threading.Event(), threading.Event()
+    session = running.sessions["tiny"]
+    run = session.run
+
+    def wait_and_run(*args):
+        asked.set()
+        release.wait(10)
+        return run(*args)
+
+    monkeypatch.setattr(session, "run", wait_and_run)
+    first = running.stub.GetAction.future(request())
+    assert asked.wait(5)
+    yield running, first, release
+    release.set()
+
+
+def wait_until(condition, timeout_s=5.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_calls_beyond_the_queue_are_refused_at_once(held):
+    running, first, release = held
+    calls = [running.stub.GetAction.future(request()) for _ in range(QUEUE_PER_WORKER + 3)]
+    wait_until(lambda: sum(call.done() for call in calls) == 3)
+    assert {call.code() for call in calls if call.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    release.set()
+    assert sum(call.exception() is None for call in (first, *calls)) == 1 + QUEUE_PER_WORKER
+
+
+def test_the_model_does_not_think_for_callers_who_left(held):
+    running, first, release = held
+    impatient = running.stub.GetAction.future(request(), timeout=0.1)
+    patient = running.stub.GetAction.future(request())
+    assert impatient.exception().code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    time.sleep(0.1)  # the cancellation travels
+    release.set()
+    assert first.result().timing.inference_us > 150_000
+    assert patient.result().timing.queue_us > 150_000
+    assert running.runs == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("GetActionBatch", pb.GetActionBatchRequest()),
+        ("StartEpisode", pb.StartEpisodeRequest()),
+        ("EndEpisode", pb.EndEpisodeRequest()),
+    ],
+)
+def test_later_methods_say_so(running, method, message):
+    with pytest.raises(grpc.RpcError) as refused:
+        getattr(running.stub, method)(message)
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert refused.value.details().startswith(f"{method}: ")

@@ -1,0 +1,163 @@
+"""Start and stop: nothing is served before it is proved, nothing is cut off that is under way."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from protos.codec import pack_observation
+from protos.equiserve.v1 import policy_pb2 as pb
+from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
+from serving.errors import StartupError
+from serving.server import SERVICES, Config, Server
+from tests.makers import far_scene, scene, tiny_policy_file
+from tests.serving.conftest import REPOSITORY, address_of
+
+Health = health_pb2.HealthCheckResponse
+
+
+def status_of(address, service=""):
+    with grpc.insecure_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        return health_pb2_grpc.HealthStub(channel).Check(request, timeout=5).status
+
+
+def act(address, observation, timeout=10):
+    with grpc.insecure_channel(address) as channel:
+        request = pb.GetActionRequest(observation=pack_observation(observation))
+        return pb_grpc.PolicyServiceStub(channel).GetAction(request, timeout=timeout)
+
+
+@pytest.mark.parametrize("service", ["", *SERVICES])
+def test_health_says_serving_only_after_the_proofs(healthy, service):
+    with Server(Config(policy=(str(healthy),), listen="localhost:0")) as server:
+        assert status_of(server.address, service) == Health.NOT_SERVING
+        with pytest.raises(grpc.RpcError) as refused:
+            act(server.address, scene(0))
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        server.load()
+        assert status_of(server.address, service) == Health.SERVING
+        act(server.address, scene(0))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_signal_drains(launch, tmp_path, signum):
+    """The call in flight is answered, new ones are refused, watchers hear of it, and the exit is clean."""
+    file = tiny_policy_file(tmp_path / "p.onnx", breaks=["slow_when_far"])
+    process = launch("--policy", file, "--listen", "localhost:0", "--grace-s", "30")
+    address = address_of(process)
+    act(address, scene(0))
+    with grpc.insecure_channel(address) as channel, grpc.insecure_channel(address) as another:
+        watch = health_pb2_grpc.HealthStub(another).Watch(health_pb2.HealthCheckRequest(), timeout=20)
+        assert next(watch).status == Health.SERVING
+        slow = pb_grpc.PolicyServiceStub(channel).GetAction.future(
+            pb.GetActionRequest(observation=pack_observation(far_scene())), timeout=20
+        )
+        time.sleep(0.2)
+        assert not slow.done()
+        process.send_signal(signum)
+        assert next(watch).status == Health.NOT_SERVING
+        watch.cancel()
+        time.sleep(0.1)
+        with pytest.raises(grpc.RpcError) as refused:
+            act(address, scene(0), timeout=2)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert slow.result().policy == "tiny"
+    assert process.wait(10) == 0
+    _, errors = process.communicate()
+    assert "Traceback" not in errors
+
+
+def finished(process):
+    """(exit status, stdout, stderr) of a server that should give up by itself."""
+    out, err = process.communicate(timeout=20)
+    assert "Traceback" not in err
+    assert "serving on" not in out
+    return process.returncode, err
+
+
+def test_a_refused_policy_ends_the_start_and_says_why(launch, tmp_path, healthy):
+    broken = tiny_policy_file(tmp_path / "broken.onnx", breaks=["transposed"])
+    code, err = finished(launch("--policy", healthy, "--policy", f"b={broken}", "--listen", "localhost:0"))
+    assert code == 1
+    assert "broken.onnx" in err
+    assert "image mirrored or transposed?" in err
+    assert "export the policy again" in err
+
+
+def test_a_port_in_use_is_a_clear_error(launch, healthy):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        code, err = finished(launch("--policy", healthy, "--listen", address))
+    assert code == 1
+    assert f"cannot listen on {address}" in err
+
+
+def test_two_servers_cannot_share_a_port(running, healthy):
+    with pytest.raises(StartupError, match="is the port in use"):
+        Server(Config(policy=(str(healthy),), listen=running.server.address))
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "192.0.2.1:50051", "robot.local:50051"])
+def test_an_address_that_others_reach_needs_insecure(healthy, listen):
+    with pytest.raises(StartupError, match="--insecure"):
+        Server(Config(policy=(str(healthy),), listen=listen))
+
+
+def test_insecure_is_a_choice(healthy):
+    with Server(Config(policy=(str(healthy),), listen="0.0.0.0:0", insecure=True)) as server:
+        server.load()
+        act(server.address.replace("0.0.0.0", "127.0.0.1"), scene(0))
+
+
+@pytest.mark.parametrize("listen", ["", "localhost", "50051", ":50051", "localhost:port", "localhost:70000"])
+def test_an_address_is_host_and_port(healthy, listen):
+    with pytest.raises(StartupError, match="HOST:PORT"):
+        Server(Config(policy=(str(healthy),), listen=listen))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"policy": ()}, "--policy"),
+        ({"max_workers": 0}, "max_workers"),
+        ({"intra_op_threads": 0}, "intra_op_threads"),
+        ({"valid_for_ms": -1.0}, "valid_for_ms"),
+        ({"grace_s": float("nan")}, "grace_s"),
+        ({"workspace": (0.7, 0.3, 0.0, 1.0, 0.0, 1.0)}, "workspace"),
+    ],
+)
+def test_impossible_settings_are_refused(changed, words):
+    with pytest.raises(StartupError, match=words):
+        Server(Config(**{"policy": ("p.onnx",), "listen": "localhost:0", **changed}))
+
+
+def test_help_teaches(launch):
+    help_text, _ = launch("--help").communicate(timeout=20)
+    for word in ("--policy", "--listen", "localhost:50051", "--insecure", "--workspace", "--metrics-port", "golden"):
+        assert word in help_text
+
+
+LIGHT = """
+import sys
+import {module}
+heavy = {forbidden} & {{name.partition(".")[0] for name in sys.modules}}
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("serving.server", {"torch", "e2cnn", "pybullet", "gymnasium", "minari", "onnx", "sim_client", "training"}),
+        ("serving.client", {"torch", "onnxruntime", "onnx", "tyro", "prometheus_client"}),
+    ],
+)
+def test_imports_stay_light(module, forbidden):
+    code = LIGHT.format(module=module, forbidden=forbidden)
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

@@ -1,0 +1,38 @@
+"""Calls are counted by status and timed by phase."""
+
+import re
+import urllib.request
+
+import grpc
+import pytest
+
+from protos.codec import pack_observation
+from protos.equiserve.v1 import policy_pb2 as pb
+from serving.errors import StartupError
+from serving.metrics import Metrics
+from tests.makers import scene
+
+
+def scrape(port):
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+        return page.read().decode()
+
+
+def test_calls_are_counted_by_status_and_timed_by_phase(serve, healthy):
+    running = serve(policy=(str(healthy),), metrics_port=0)
+    for _ in range(3):
+        running.stub.GetAction(pb.GetActionRequest(observation=pack_observation(scene(0))))
+    with pytest.raises(grpc.RpcError):
+        running.stub.GetAction(pb.GetActionRequest())
+    text = scrape(running.server.metrics_port)
+    counts = dict(re.findall(r'equiserve_call_seconds_count\{code="(\w+)",method="GetAction"\} ([\d.]+)', text))
+    assert counts == {"OK": "3.0", "INVALID_ARGUMENT": "1.0"}
+    for phase in ("queue", "decode", "inference", "safety", "encode"):
+        assert f'equiserve_phase_seconds_count{{method="GetAction",phase="{phase}"}}' in text
+    assert 'le="0.0001"' in text
+
+
+def test_a_taken_metrics_port_is_a_clear_error():
+    port = Metrics().expose(0)
+    with pytest.raises(StartupError, match=f"cannot serve metrics on 127.0.0.1:{port}"):
+        Metrics().expose(port)

@@ -1,0 +1,154 @@
+"""Loading a file: complete and consistent, or refused with the file, what was expected, what came and what to do."""
+
+import hashlib
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from protos.manifest import GOLDEN_KEY, MANIFEST_KEY
+from protos.spaces import ACTION, SCALAR, ActionSpec, Field, PolicySpec
+from serving.errors import PolicyFault, PolicyRefused
+from serving.policy import load
+from tests.makers import far_scene, scene, small_spec, tiny_manifest, tiny_policy_file
+
+
+def test_a_version_is_the_hash_of_the_bytes(healthy, policy):
+    assert policy.sha256 == hashlib.sha256(healthy.read_bytes()).hexdigest()
+    assert policy.version == policy.sha256[:12]
+
+
+def test_the_name_is_the_task_unless_given(healthy):
+    assert load(healthy).name == "tiny"
+    assert load(healthy, "door").name == "door"
+
+
+def test_a_batch_is_its_observations_one_by_one(policy):
+    scenes = [scene(seed, gripper=float(seed % 2)) for seed in range(19)]
+    batch = policy.act_batch(np.stack([s.depth for s in scenes]), np.array([s.gripper for s in scenes], np.float32))
+    singles = [policy.act(s) for s in scenes]
+    np.testing.assert_allclose(batch.action, [s.action for s in singles], atol=1e-6)
+    np.testing.assert_allclose(batch.value, [s.value for s in singles], atol=1e-6)
+    assert batch.std.shape == (19, ACTION.size)
+
+
+def test_a_non_finite_answer_is_no_action(tmp_path):
+    policy = load(tiny_policy_file(tmp_path / "p.onnx", breaks=["nan_when_far"]))
+    assert np.isfinite(policy.act(scene(0)).action).all()
+    with pytest.raises(PolicyFault, match="non-finite action"):
+        policy.act(far_scene())
+
+
+def refusal_of(path):
+    with pytest.raises(PolicyRefused) as refused:
+        load(path)
+    assert str(path) in str(refused.value)
+    (reason,) = refused.value.reasons
+    return reason
+
+
+def test_a_missing_file(tmp_path):
+    assert "No such file" in refusal_of(tmp_path / "none.onnx").got
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x08\x0a", bytes(1000), b"PK\x03\x04 a zip"])
+def test_other_files(tmp_path, content):
+    path = tmp_path / "p.onnx"
+    path.write_bytes(content)
+    reason = refusal_of(path)
+    assert reason.field == "file"
+    assert f"{len(content)} bytes" in reason.got
+    assert "copy the file again" in reason.remedy
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_truncated_files(tmp_path, healthy, share):
+    path, content = tmp_path / "p.onnx", healthy.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    refusal_of(path)
+
+
+def test_weights_in_another_file_even_from_its_own_folder(tmp_path, healthy, monkeypatch):
+    """onnxruntime would look in the current directory, and the version's hash would not cover the weights."""
+    path = tmp_path / "p.onnx"
+    onnx.save(onnx.load(healthy), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    monkeypatch.chdir(tmp_path)
+    reason = refusal_of(path)
+    assert reason.expected == "all weights inside the file"
+    assert "external_data=False" in reason.remedy
+
+
+@pytest.mark.parametrize("key", [MANIFEST_KEY, GOLDEN_KEY])
+def test_missing_metadata(tmp_path, policy, key):
+    metadata = {k: v for k, v in policy.manifest.to_metadata().items() if k != key}
+    assert refusal_of(tiny_policy_file(tmp_path / "p.onnx", metadata=metadata)).field == key
+
+
+def test_no_metadata_at_all(tmp_path):
+    assert refusal_of(tiny_policy_file(tmp_path / "p.onnx", metadata={})).field == MANIFEST_KEY
+
+
+def test_another_contracts_graph(tmp_path):
+    """The metadata speaks of 16 x 16 pixels, the graph takes 32 x 32."""
+    spec = small_spec(16)
+    donor = load(tiny_policy_file(tmp_path / "donor.onnx", spec)).manifest
+    reason = refusal_of(tiny_policy_file(tmp_path / "p.onnx", metadata=donor.to_metadata()))
+    assert reason.field == "input depth"
+    assert "16, 16" in reason.expected
+    assert "32, 32" in reason.got
+
+
+def test_components_that_the_wire_does_not_have(tmp_path, policy):
+    fields = (*ACTION.fields[:3], Field("roll", ("droll",), SCALAR, limit=1.0, unit="rad"))
+    spec = PolicySpec(small_spec().observation, ActionSpec(fields))
+    metadata = tiny_manifest(spec, policy.manifest.golden).to_metadata()
+    reason = refusal_of(tiny_policy_file(tmp_path / "p.onnx", metadata=metadata))
+    assert reason.field == "contract.action"
+    assert "droll" in reason.got
+
+
+def _edited(healthy, path, edit):
+    model = onnx.load(healthy)
+    edit(model.graph)
+    onnx.save(model, path)
+    return path
+
+
+def _rename_output(graph):
+    graph.output[0].name = "actions"
+    next(n for n in graph.node if n.output[0] == "action").output[0] = "actions"
+
+
+def _fix_batch(graph):
+    for tensor in (*graph.input, *graph.output):
+        tensor.type.tensor_type.shape.dim[0].dim_value = 1
+
+
+def _half_precision(graph):
+    graph.node.append(helper.make_node("Cast", ["std"], ["std16"], to=TensorProto.FLOAT16))
+    graph.output.append(helper.make_tensor_value_info("std16", TensorProto.FLOAT16, ["B", 5]))
+
+
+def _flat_std(graph):
+    """Declared with symbols only, so that nothing but a run can tell."""
+    node = next(n for n in graph.node if n.output[0] == "std")
+    node.output[0] = "std_full"
+    graph.initializer.append(helper.make_tensor("first", TensorProto.INT64, [1], [0]))
+    graph.node.append(helper.make_node("Gather", ["std_full", "first"], ["std"], axis=1))
+    std = next(o for o in graph.output if o.name == "std")
+    std.type.tensor_type.shape.dim[1].ClearField("dim_value")
+    std.type.tensor_type.shape.dim[1].dim_param = "A"
+
+
+@pytest.mark.parametrize(
+    ("edit", "field"),
+    [
+        (_rename_output, "outputs"),
+        (_half_precision, "outputs"),
+        (_fix_batch, "input depth"),
+        (_flat_std, "output std"),
+    ],
+)
+def test_graphs_that_do_not_fit_the_contract(tmp_path, healthy, edit, field):
+    assert refusal_of(_edited(healthy, tmp_path / "p.onnx", edit)).field == field

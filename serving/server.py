@@ -6,6 +6,7 @@ calls, let calls in flight finish, exit 0.
 
 import ipaddress
 import logging
+import math
 import re
 import signal
 import sys
@@ -73,8 +74,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, low in (("intra_op_threads", 1), ("max_workers", 1), ("valid_for_ms", 0), ("grace_s", 0)):
-            if not getattr(self, name) >= low:
-                raise StartupError(f"{name} must be at least {low}, got {getattr(self, name)}")
+            if not low <= getattr(self, name) < math.inf:
+                raise StartupError(f"{name} must be finite and at least {low}, got {getattr(self, name)}")
         if not self.policy:
             raise StartupError("no policy: give --policy policy.onnx")
 

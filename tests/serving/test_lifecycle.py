@@ -128,6 +128,7 @@ def test_an_address_is_host_and_port(healthy, listen):
         ({"max_workers": 0}, "max_workers"),
         ({"intra_op_threads": 0}, "intra_op_threads"),
         ({"valid_for_ms": -1.0}, "valid_for_ms"),
+        ({"valid_for_ms": float("inf")}, "valid_for_ms"),
         ({"grace_s": float("nan")}, "grace_s"),
         ({"workspace": (0.7, 0.3, 0.0, 1.0, 0.0, 1.0)}, "workspace"),
     ],

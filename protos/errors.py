@@ -11,7 +11,6 @@ class Status(Enum):
     NOT_FOUND = "NOT_FOUND"  # policy, version, episode
     OUT_OF_RANGE = "OUT_OF_RANGE"  # stale step or frame
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"  # queue, size
-    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"  # the caller stopped waiting while the call was queued
     UNIMPLEMENTED = "UNIMPLEMENTED"  # declared in the contract, not yet built
     UNAVAILABLE = "UNAVAILABLE"  # warming up, draining: the only one that a client retries
 

@@ -64,7 +64,6 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
                     raise Rejected("observation", "an observation", "none")
                 observation = unpack_observation(request.observation, policy.spec.observation)
                 pose = unpack_pose(request.observation)
-            _require_waiting(context)
             with phases.timed("inference"):
                 proposal = policy.act(observation)
             with phases.timed("safety"):
@@ -163,12 +162,6 @@ def _require_contract(digest: str, policy: Policy) -> None:
         remedy = f"GetPolicy returns the contract of {policy.name} {policy.version}; compare it with yours"
         got = repr(digest[:64])
         raise Rejected("contract_digest", policy.spec.digest, got, remedy, Status.FAILED_PRECONDITION)
-
-
-def _require_waiting(context: grpc.ServicerContext) -> None:
-    """Do not think for a caller who hung up or whose deadline passed while the call was queued."""
-    if not context.is_active():
-        raise Rejected("deadline", "a caller that waits", "one that left", status=Status.DEADLINE_EXCEEDED)
 
 
 def _timing(phases: Phases) -> pb.Timing:

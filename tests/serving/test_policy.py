@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
@@ -72,8 +73,9 @@ def test_truncated_files(tmp_path, healthy, share):
 def test_weights_in_another_file_even_from_its_own_folder(tmp_path, healthy, monkeypatch):
     """onnxruntime would look in the current directory, and the version's hash would not cover the weights."""
     path = tmp_path / "p.onnx"
-    onnx.save(onnx.load(healthy), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    onnx.save(onnx.load(healthy), path, save_as_external_data=True, location="weights.bin", size_threshold=1024)
     monkeypatch.chdir(tmp_path)
+    assert ort.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])  # by default it would load
     reason = refusal_of(path)
     assert reason.expected == "all weights inside the file"
     assert "external_data=False" in reason.remedy
@@ -130,15 +132,19 @@ def _half_precision(graph):
     graph.output.append(helper.make_tensor_value_info("std16", TensorProto.FLOAT16, ["B", 5]))
 
 
-def _flat_std(graph):
-    """Declared with symbols only, so that nothing but a run can tell."""
+def _narrow_std(graph, *then):
+    """Two of five columns, by an operator whose output shape nothing but a run can tell."""
     node = next(n for n in graph.node if n.output[0] == "std")
-    node.output[0] = "std_full"
-    graph.initializer.append(helper.make_tensor("first", TensorProto.INT64, [1], [0]))
-    graph.node.append(helper.make_node("Gather", ["std_full", "first"], ["std"], axis=1))
+    node.output[0] = "full"
+    graph.initializer.append(helper.make_tensor("kept", TensorProto.BOOL, [5], [True, True, False, False, False]))
+    graph.node.append(helper.make_node("Compress", ["full", "kept"], ["narrow" if then else "std"], axis=1))
+    graph.node.extend(then)
     std = next(o for o in graph.output if o.name == "std")
-    std.type.tensor_type.shape.dim[1].ClearField("dim_value")
     std.type.tensor_type.shape.dim[1].dim_param = "A"
+
+
+def _fails_when_run(graph):
+    _narrow_std(graph, helper.make_node("Add", ["full", "narrow"], ["std"]))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +153,8 @@ def _flat_std(graph):
         (_rename_output, "outputs"),
         (_half_precision, "outputs"),
         (_fix_batch, "input depth"),
-        (_flat_std, "output std"),
+        (_narrow_std, "output std"),
+        (_fails_when_run, "graph"),
     ],
 )
 def test_graphs_that_do_not_fit_the_contract(tmp_path, healthy, edit, field):

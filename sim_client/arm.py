@@ -95,7 +95,7 @@ class Arm:
             p.stepSimulation(physicsClientId=self._client)
 
     def tool_pose(self) -> Pose:
-        """Where the tool centre, between the finger tips, is. The yaw is unwrapped: it knows how far the wrist turned."""
+        """Where the tool centre, between the finger tips, is. The yaw is unwrapped: it counts the wrist's turns."""
         state = p.getLinkState(self._body, _TOOL, computeForwardKinematics=True, physicsClientId=self._client)
         (x, y, z), quaternion = state[4], state[5]
         rotation = p.getMatrixFromQuaternion(quaternion)

@@ -1,4 +1,4 @@
-"""The robot's eye: a depth image in metres from PyBullet's software renderer. Depth changes its unit here and never again."""
+"""The robot's eye: depth in metres from PyBullet's software renderer. Its unit changes here and never again."""
 
 from collections.abc import Callable
 
@@ -73,7 +73,7 @@ class Camera:
 
 
 class Spectator:
-    """Renders the scene for people, in a physics client of its own, so that looking never changes what the robot sees."""
+    """Renders the scene for people, in a physics client of its own: looking never changes what the robot sees."""
 
     def __init__(self, build: Callable[[int], object]) -> None:
         self._client = p.connect(p.DIRECT)

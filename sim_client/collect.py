@@ -59,7 +59,7 @@ def record(config: Collect) -> Iterator[Episode]:
     env = gymnasium.make(ENV_IDS[config.task])
     expert = env.unwrapped.expert_action  # type: ignore[attr-defined]
     try:
-        wanted = config.episodes or config.transitions
+        wanted = config.episodes or config.transitions or 0
         with tqdm(total=wanted, unit="episode" if config.episodes else "transition", desc=config.task) as bar:
             done = index = 0
             while done < wanted:

@@ -32,14 +32,16 @@ class TabletopEnv(gymnasium.Env[Obs, NDArray[np.float32]]):
         self.task_name = task
         self.spec_of_policy = SPEC
         view = SPEC.observation
-        self.observation_space = gymnasium.spaces.Dict(
+        self.observation_space = gymnasium.spaces.Dict(  # type: ignore[assignment]
             {
                 "depth": gymnasium.spaces.Box(view.depth_min_m, view.depth_max_m, view.shape, np.float32),
                 "gripper": gymnasium.spaces.Box(0.0, 1.0, (1,), np.float32),
             }
         )
         bound = SPEC.action.scale
-        self.action_space = gymnasium.spaces.Box(SPEC.action.centre - bound, SPEC.action.centre + bound, dtype=np.float32)
+        self.action_space = gymnasium.spaces.Box(
+            SPEC.action.centre - bound, SPEC.action.centre + bound, dtype=np.float32
+        )
         self._client = p.connect(p.DIRECT)
         self.arm, self.task = build_scene(self._client, task, meshes=False)
         self._camera = Camera(self._client, view)
@@ -69,7 +71,7 @@ class TabletopEnv(gymnasium.Env[Obs, NDArray[np.float32]]):
         """What the task's scripted expert does now; it sees the simulator's state, not the image."""
         return self.task.expert(self.arm)
 
-    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
+    def render(self) -> NDArray[np.uint8] | None:
         """uint8 [480, 640, 3]: the scene with the arm's meshes, from beside the table."""
         if self.render_mode is None:
             return None

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from tqdm import tqdm
 
+from protos.errors import Rejected
 from protos.files import write_atomically
 from protos.spaces import SPEC, Pose
 from serving.client import PolicyClient, PolicyError
@@ -22,7 +23,7 @@ from sim_client.env import Obs, observation_of
 from sim_client.rollout import Episode, rollout
 
 FIRST_SEED = 900_000_000
-"""Evaluation scenes start here, far from the seeds that collection uses: no policy is tested on a scene it was shown."""
+"""Evaluation scenes start here, far from the seeds of collection: no policy is tested on a scene it was shown."""
 EPISODES_PER_SEED = 100_000
 
 
@@ -52,6 +53,8 @@ class Evaluate:
     """Exit with 1 when the success rate is below this share."""
     timeout_s: float = 5.0
     """Deadline of one call."""
+    wait_s: float = 30.0
+    """How long to wait for a server that is still starting."""
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
@@ -76,11 +79,11 @@ class Robot:
 
 
 def evaluate(config: Evaluate) -> dict[str, Any]:
-    """Run the episodes and return the report. Raises PolicyError when the server refuses or cannot be reached."""
+    """Run the episodes and return the report. Raises PolicyError when the server refuses or cannot be
+    reached, Rejected when it serves another contract."""
     env = gymnasium.make(ENV_IDS[config.task])
     with PolicyClient(config.server, policy=config.policy, spec=SPEC, timeout_s=config.timeout_s) as client:
-        client.wait_ready(timeout_s=30)
-        info = client.policy()
+        info = client.wait_ready(config.wait_s)
         robot = Robot(client)
         episodes: list[Episode] = []
         start = time.perf_counter()
@@ -122,7 +125,7 @@ def main() -> int:
     config = tyro.cli(Evaluate, description=Evaluate.__doc__)
     try:
         report = evaluate(config)
-    except PolicyError as error:
+    except (PolicyError, Rejected) as error:
         print(f"evaluation stopped: {error}", file=sys.stderr)
         return 2
     if config.report:

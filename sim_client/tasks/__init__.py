@@ -16,7 +16,7 @@ class Task(Protocol):
         """Load the task's bodies into a physics client."""
 
     def reset(self, rng: np.random.Generator, turn: float) -> Pose:
-        """Place everything, then turn the whole scene by `turn` about the workspace centre; returns the tool's start."""
+        """Place everything, then turn the scene by `turn` about the workspace's centre; returns the tool's start."""
 
     def succeeded(self) -> bool:
         """Judged on the state at the end of a control step."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pybullet as p
+from numpy.typing import NDArray
 
 from protos.spaces import ACTION, Pose
 from sim_client.arm import FINGER_TRAVEL_M, WORKSPACE_CENTRE, YAW_CENTRE_RAD, Arm
@@ -15,7 +16,7 @@ OPEN_ENOUGH_M = 0.07
 """The drawer counts as open from here; its slide is 0.11 long."""
 SLIDE_FRICTION_N = 2.0
 
-SPREAD_M = 0.07
+SPREAD_M = 0.09
 """The middle of the pull lies within this radius of the workspace's centre: as hard from every side."""
 START_LOW_M, START_HIGH_M = 0.17, 0.25
 START_SPREAD_M = 0.04
@@ -37,7 +38,8 @@ class DrawerOpening:
             self._body, 0, p.VELOCITY_CONTROL, targetVelocity=0, force=SLIDE_FRICTION_N, physicsClientId=client
         )
         p.changeDynamics(self._body, 0, lateralFriction=0.8, physicsClientId=client)
-        self._centre, self._yaw = np.zeros(2), 0.0
+        self._centre: NDArray[np.float64] = np.zeros(2)
+        self._yaw = 0.0
 
     def reset(self, rng: np.random.Generator, turn: float) -> Pose:
         self._yaw = rng.uniform(-math.pi, math.pi) + turn
@@ -97,9 +99,11 @@ class DrawerOpening:
 def _in_disc(rng: np.random.Generator, radius: float, turn: float) -> np.ndarray:
     """Uniform in a disc about the workspace's centre, turned about it."""
     r, angle = radius * math.sqrt(rng.uniform()), rng.uniform(-math.pi, math.pi) + turn
-    return np.array(WORKSPACE_CENTRE) + (r * math.cos(angle), r * math.sin(angle))
+    return np.array(WORKSPACE_CENTRE) + r * np.array([math.cos(angle), math.sin(angle)])
 
 
-def _action(*, p: float, planar: np.ndarray | tuple[float, float] = (0.0, 0.0), lift: float = 0.0, yaw: float = 0.0) -> np.ndarray:
+def _action(
+    *, p: float, planar: np.ndarray | tuple[float, float] = (0.0, 0.0), lift: float = 0.0, yaw: float = 0.0
+) -> np.ndarray:
     values = {"gripper": p, "planar": planar, "lift": lift, "yaw": yaw}
     return ACTION.project(np.concatenate([np.atleast_1d(values[f.name]) for f in ACTION.fields]).astype(np.float32))

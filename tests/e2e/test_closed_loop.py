@@ -1,0 +1,107 @@
+"""The whole path in small, each step by its own command: collect, train, export, serve, close the loop."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import minari
+import pytest
+
+from protos.spaces import SPEC
+from serving.client import PolicyClient
+from tests.makers import tiny_policy_file
+from training.demo import server
+
+UPDATES = 40
+
+
+def run(*command: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained for seconds from 4 recorded episodes: real, if not good."""
+    home = tmp_path_factory.mktemp("path")
+    run("sim_client.collect", "--episodes", "4", "--seed", "3", "--output", str(home / "data"))
+    run(
+        "training.run", "--dataset", str(home / "data"), "--algo", "bc", "--equivariance", "both", "--preset", "cpu",
+        "--updates", str(UPDATES), "--seed", "3", "--output", str(home / "run"),
+    )  # fmt: skip
+    return home / "run" / "policy.onnx"
+
+
+@pytest.fixture(scope="module")
+def address(policy: Path) -> Iterator[str]:
+    with server(policy) as address:
+        yield address
+
+
+def test_the_policy_says_where_it_comes_from_and_what_it_proved(policy: Path, address: str) -> None:
+    with PolicyClient(address, spec=SPEC) as client:
+        info = client.policy()
+    data = minari.MinariDataset(policy.parent.parent / "data" / "data")
+    assert (info.task, info.algorithm, info.equivariance, info.seed) == ("drawer_opening", "bc", "both", 3)
+    assert info.dataset_id == data.storage.metadata["dataset_id"]
+    assert len(info.dataset_sha256) == 64
+    assert {proof.name for proof in info.proofs} == {"golden", "symmetry", "gripper"}
+    assert info.equivariance_error_90 <= 1e-4
+
+
+def test_the_robot_closes_the_loop_and_reports(address: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    done = run("sim_client.evaluate", "--server", address, "--episodes", "2", "--report", str(path))
+    report = json.loads(path.read_text())
+    assert report["episodes"] == 2
+    assert report["control_steps"] == sum(report["lengths"])
+    assert 0 <= report["wilson_low"] <= report["success_rate"] <= report["wilson_high"] <= 1
+    assert 0 < report["latency_ms"]["p50"] <= report["latency_ms"]["p95"] <= report["latency_ms"]["p99"]
+    assert f"{report['successes']} of 2 episodes" in done.stdout
+
+
+def test_min_success_decides_the_exit_code(tmp_path: Path) -> None:
+    clueless = tiny_policy_file(tmp_path / "clueless.onnx", SPEC)
+    evaluation = ("--episodes", "1", "--seed", "1")
+    with server(clueless) as address:
+        run("sim_client.evaluate", "--server", address, *evaluation, "--min-success", "0.0")
+        failed = run("sim_client.evaluate", "--server", address, *evaluation, "--min-success", "0.5", expect=1)
+    assert "below --min-success" in failed.stderr
+
+
+def test_no_server_is_an_error_that_says_so() -> None:
+    done = run("sim_client.evaluate", "--server", "localhost:1", "--episodes", "1", "--wait-s", "0.5", expect=2)
+    assert "UNAVAILABLE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_server_of_another_contract_is_refused_by_the_robot(tmp_path: Path) -> None:
+    other = tiny_policy_file(tmp_path / "small.onnx")  # a 32 x 32 view
+    with server(other) as address:
+        done = run("sim_client.evaluate", "--server", address, "--episodes", "1", expect=2)
+    assert "contract.observation.height" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_server_lost_in_the_middle_ends_the_evaluation_with_a_reason(tmp_path: Path) -> None:
+    clueless = tiny_policy_file(tmp_path / "clueless.onnx", SPEC)
+    command = [sys.executable, "-m", "serving.server", "--policy", str(clueless), "--listen", "localhost:0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().removeprefix("serving on ").strip()
+        robot = subprocess.Popen(
+            [sys.executable, "-u", "-m", "sim_client.evaluate", "--server", address, "--episodes", "1000"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert robot.stderr is not None
+        while "1/1000" not in robot.stderr.readline():  # tqdm ends its lines with \r, which text mode reads as newlines
+            pass
+        process.send_signal(signal.SIGKILL)
+        _, said = robot.communicate(timeout=30)
+    assert robot.returncode == 2
+    assert "evaluation stopped: UNAVAILABLE" in said

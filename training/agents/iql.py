@@ -1,0 +1,74 @@
+"""Implicit Q-learning (Kostrikov et al., 2021, arXiv 2110.06169): never asks a Q about an action not in the data."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from protos.spaces import PolicySpec
+from training.agents.agent import Agent, frozen_copy_of, polyak
+from training.agents.losses import advantage_weight, expectile_loss
+from training.batch import Batch
+from training.networks.family import NetworkConfig
+from training.networks.roles import Critic, Value, make_actor, make_critic, make_value
+
+
+@dataclass(frozen=True)
+class IQLConfig:
+    """Knobs of implicit Q-learning; the defaults are the paper's for this method."""
+
+    discount: float = 0.99
+    """How much a reward one step later is worth."""
+    expectile: float = 0.8
+    """Which expectile of Q over dataset actions V estimates; 0.5 is the mean, towards 1 the best seen action."""
+    temperature: float = 0.5
+    """Advantages are divided by this before exp; smaller trusts Q more, larger approaches behaviour cloning."""
+    largest_weight: float = 100.0
+    """Advantage weights are clipped here."""
+    target_rate: float = 5e-3
+    """How far the target critic moves towards the critic at each update."""
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.expectile < 1.0:
+            raise ValueError(f"expectile must lie in [0.5, 1), got {self.expectile}; the paper uses 0.8")
+        if not 0.0 <= self.discount < 1.0:
+            raise ValueError(f"discount must lie in [0, 1), got {self.discount}; the paper uses 0.99")
+        if self.temperature <= 0 or self.largest_weight <= 0 or not 0 < self.target_rate <= 1:
+            raise ValueError(f"temperature, largest_weight and target_rate must be positive, got {self}")
+
+
+class IQL(Agent):
+    """V by expectile regression towards Q, Q towards r + gamma V, pi by advantage-weighted likelihood."""
+
+    def __init__(
+        self, networks: NetworkConfig, spec: PolicySpec, equivariant: frozenset[str], config: IQLConfig
+    ) -> None:
+        super().__init__()
+        self.cfg = config
+        self.actor = make_actor(networks, spec, equivariant)
+        self.critic = make_critic(networks, spec, equivariant)
+        self.value = make_value(networks, spec, equivariant)
+        self.target_critic = cast(Critic, frozen_copy_of(make_critic(networks, spec, equivariant), self.critic))
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            q = self.target_critic(batch.state, batch.action).amin(dim=0)  # [B]
+            backup = batch.reward + self.cfg.discount * batch.continues * self.value(batch.next_state)  # [B]
+        v = self.value(batch.state)
+        weight = advantage_weight(q - v.detach(), self.cfg.temperature, self.cfg.largest_weight)
+        return {
+            "losses/value": expectile_loss(q - v, self.cfg.expectile),  # eq. 5
+            "losses/critic": (self.critic(batch.state, batch.action) - backup).square().mean(dim=1).sum(),  # eq. 6
+            "losses/actor": -(weight * self.actor(batch.state).log_prob(batch.action)).mean(),  # eq. 7
+            "values/q": q.mean(),
+            "values/v": v.mean(),
+            "values/weight": weight.mean(),
+        }
+
+    def follow(self) -> None:
+        polyak(self.target_critic, self.critic, self.cfg.target_rate)
+
+    @property
+    def value_function(self) -> Value:
+        return self.value

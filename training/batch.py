@@ -1,0 +1,26 @@
+"""The one type that crosses from data to agent. Per-sample scalars are [B], never [B, 1]."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """What a policy sees: depth in metres below the camera plane, and the gripper's state."""
+
+    depth: Float[Tensor, "B 1 H W"]
+    gripper: Float[Tensor, "B 1"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Transitions. Actions are normalised: scalars in [-1, 1], vectors in the unit disc."""
+
+    state: State
+    action: Float[Tensor, "B A"]
+    reward: Float[Tensor, " B"]
+    continues: Float[Tensor, " B"]
+    """0 where the episode terminated, else 1; a truncated episode continues."""
+    next_state: State

@@ -1,0 +1,116 @@
+"""One run of training as a frozen dataclass. Presets are YAML files beside this one; every value has a flag."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tyro
+import yaml
+
+from training.agents.bc import BCConfig
+from training.agents.iql import IQLConfig
+from training.networks.family import NetworkConfig
+
+Preset = Literal["cpu", "paper"]
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Learn a policy from a dataset of recorded episodes and export it as one file, OUTPUT/policy.onnx.
+
+    Example: python -m training.run --dataset runs/drawer20 --algo bc --output runs/bc
+    """
+
+    dataset: Path
+    """Directory of a Minari dataset, as `python -m sim_client.collect` writes it."""
+    output: Path
+    """Where checkpoints, logs and policy.onnx go. Must be new, unless --resume."""
+    preset: Preset = "cpu"
+    """The defaults of everything below, from training/presets/PRESET.yaml. cpu: the best policy in minutes on two
+    cores. paper: the sizes and rates of arXiv 2406.13961."""
+    algo: Literal["bc", "iql"] = "bc"
+    """bc imitates; iql also learns what is worth imitating, from rewards."""
+    equivariance: Literal["both", "actor", "critic", "none"] = "both"
+    """Which networks are equivariant; the value goes with the critic. The others are plain CNNs of a like size."""
+    seed: int = 0
+    """Of initial weights, batches and augmentation."""
+    minutes: float | None = None
+    """Stop after this many minutes of training, not counting set-up and export."""
+    updates: int | None = None
+    """Stop after this many updates. With both limits, whichever comes first."""
+    batch_size: int = 32
+    """Transitions per update."""
+    learning_rate: float = 1e-3
+    """Adam's."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: the learning rate falls to zero over the budget, the nearer of --minutes and --updates."""
+    augmentation: Literal["so2", "none"] = "so2"
+    """so2: every sampled transition is turned by a random angle. Applies to every --equivariance."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of convolutions during training. auto: bf16 where the processor has it, else fp32. Exports are fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda if there is one."""
+    threads: int | None = None
+    """Of torch on the CPU; left out: as many as there are cores."""
+    checkpoint_s: float = 30.0
+    """Seconds between checkpoints."""
+    failures: Literal["auto", "keep", "drop"] = "auto"
+    """Episodes that never succeed. auto: bc drops them, iql keeps them."""
+    resume: bool = False
+    """Continue the run in --output from its last checkpoint, with the settings that it was started with."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    bc: BCConfig = field(default_factory=BCConfig)
+    iql: IQLConfig = field(default_factory=IQLConfig)
+
+    def __post_init__(self) -> None:
+        if self.minutes is None and self.updates is None:
+            raise ValueError("when should training stop? give --minutes or --updates")
+        for name in ("minutes", "updates", "batch_size", "learning_rate", "threads", "checkpoint_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {self.seed}")
+
+    @property
+    def successful_only(self) -> bool:
+        return self.failures == "drop" or (self.failures == "auto" and self.algo == "bc")
+
+
+def parse(argv: list[str]) -> RunConfig:
+    """The command line over its preset. Exits with usage on unknown flags, and with a reason on bad values."""
+    values = _preset(argv)
+    # A budget on the command line replaces the preset's, whichever kind that is.
+    if any(flag in argument for argument in argv for flag in ("--minutes", "--updates")):
+        values |= {"minutes": None, "updates": None}
+        defaults = RunConfig(dataset=Path(), output=Path(), **(values | {"updates": 1}))
+        defaults = _replace_unchecked(defaults, updates=None)
+    else:
+        defaults = RunConfig(dataset=Path(), output=Path(), **values)
+    defaults = _replace_unchecked(defaults, dataset=tyro.MISSING, output=tyro.MISSING)
+    return tyro.cli(
+        RunConfig, args=argv, default=defaults, prog="python -m training.run", description=RunConfig.__doc__
+    )
+
+
+def _preset(argv: list[str]) -> dict[str, Any]:
+    """The values of the preset that `argv` names. It is needed before the other flags can be given their defaults."""
+    name = "cpu"
+    for index, argument in enumerate(argv):
+        if argument == "--preset" and index + 1 < len(argv):
+            name = argv[index + 1]
+        elif argument.startswith("--preset="):
+            name = argument.removeprefix("--preset=")
+    if name not in get_args(Preset):
+        name = "cpu"  # tyro will refuse it, with the usage
+    values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+    network = values.pop("network", {})
+    return values | {"preset": name, "network": NetworkConfig(**network | {"fields": tuple(network["fields"])})}
+
+
+def _replace_unchecked(config: RunConfig, **values: Any) -> RunConfig:
+    """dataclasses.replace without __post_init__: tyro fills what is missing here and checks the result."""
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+    return config

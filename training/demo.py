@@ -1,0 +1,127 @@
+"""`make demo`: from nothing to a served, evaluated policy, through the same commands that a user types."""
+
+import contextlib
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from protos.files import write_atomically
+
+SERVING_LINE = "serving on "
+"""What the server prints, followed by its address, once it takes calls."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Collect expert episodes, train, export, serve, close the loop, report.
+
+    Each stage is one of the public commands, printed before it runs, so that it can be copied and changed.
+    """
+
+    output: Path = Path("runs/demo")
+    """Everything goes here; what an earlier demo left is replaced."""
+    seed: int = 0
+    """Of the collected scenes, the training and the evaluated scenes."""
+    episodes: int = 40
+    """Expert episodes to learn from."""
+    minutes: float = 4.0
+    """Of training."""
+    eval_episodes: int = 50
+    """Closed-loop episodes."""
+    setup_seconds: float = 0.0
+    """What the set-up took, for the report."""
+
+
+class Stages:
+    """Runs the commands one after another and remembers how long each took."""
+
+    def __init__(self, setup_seconds: float) -> None:
+        self.seconds: dict[str, float] = {"setup": setup_seconds}
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+
+    def run(self, name: str, *command: str) -> None:
+        print(f"\n== {name}: python -m {shlex.join(command)}", flush=True)
+        with self.timed(name):
+            subprocess.run([sys.executable, "-m", *command], check=True)
+
+
+@contextlib.contextmanager
+def server(policy: Path) -> Iterator[str]:
+    """A policy server in a process of its own; yields its address, ends it with SIGTERM."""
+    command = ["serving.server", "--policy", str(policy), "--listen", "localhost:0"]
+    print(f"\n== serve: python -m {shlex.join(command)}", flush=True)
+    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None  # for the type checker: it is a pipe
+        line = next((line for line in process.stdout if line.startswith(SERVING_LINE)), None)
+        if line is None:
+            raise RuntimeError(f"the server ended with exit code {process.wait()} before it took calls; see above")
+        print(line, end="", flush=True)
+        yield line.removeprefix(SERVING_LINE).strip()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+def demonstrate(config: Demo) -> Path:
+    """Run all stages and return the report's path. Raises CalledProcessError when a stage fails."""
+    data, run, report_path = config.output / "data", config.output / "train", config.output / "report.json"
+    for old in (data, run):
+        shutil.rmtree(old, ignore_errors=True)
+    seed = ("--seed", str(config.seed))
+    stages = Stages(config.setup_seconds)
+    stages.run("collect", "sim_client.collect", "--episodes", str(config.episodes), *seed, "--output", str(data))
+    stages.run(
+        "train", "training.run", "--dataset", str(data), "--algo", "bc", "--equivariance", "both", "--preset", "cpu",
+        "--minutes", f"{config.minutes:g}", *seed, "--output", str(run),
+    )  # fmt: skip
+    policy = config.output / "policy.onnx"
+    write_atomically(policy, (run / "policy.onnx").read_bytes())
+    with contextlib.ExitStack() as stack:
+        with stages.timed("serve"):
+            address = stack.enter_context(server(policy))
+        stages.run(
+            "evaluate", "sim_client.evaluate", "--server", address, "--task", "drawer_opening",
+            "--episodes", str(config.eval_episodes), *seed, "--report", str(report_path),
+        )  # fmt: skip
+    report = json.loads(report_path.read_text())
+    report["seconds"] = stages.seconds | {"total": round(sum(stages.seconds.values()), 1)}
+    report["demonstrations"] = config.episodes
+    write_atomically(report_path, (json.dumps(report, indent=2) + "\n").encode())
+    return report_path
+
+
+def main() -> int:
+    config = tyro.cli(Demo, description=Demo.__doc__)
+    try:
+        path = demonstrate(config)
+    except (subprocess.CalledProcessError, RuntimeError) as error:
+        print(f"\nthe demo stopped: {error}", file=sys.stderr)
+        return 1
+    report = json.loads(path.read_text())
+    print(
+        f"\nsuccess rate {report['success_rate']:.0%}: {report['successes']} of {report['episodes']} episodes, "
+        f"95 % interval {report['wilson_low']:.0%} to {report['wilson_high']:.0%}, "
+        f"learned from {config.episodes} demonstrations\n"
+        f"seconds per stage: {report['seconds']}\n"
+        f"policy {config.output / 'policy.onnx'}\nreport {path}\nlogs   tensorboard --logdir {config.output / 'train'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

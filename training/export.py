@@ -1,0 +1,205 @@
+"""A trained agent -> one file, policy.onnx: plain layers, checked against torch, with its manifest inside."""
+
+import importlib.metadata
+import io
+import logging
+import subprocess
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from protos.files import write_atomically
+from protos.manifest import INPUTS, OUTPUTS, VALUE_OUTPUT, Golden, Manifest
+from protos.spaces import PolicySpec
+from protos.symmetry import EIGHTH_TURN, QUARTER_TURNS, Element
+from training.agents.agent import Agent
+from training.batch import State
+from training.data.dataset import Dataset
+from training.networks.distribution import SquashedGaussian
+
+OPSET = 20
+PARITY_BOUND = 1e-5
+"""Largest difference between torch and onnxruntime, normalised units."""
+SYMMETRY_BOUND = 1e-4
+"""Largest error of an equivariant actor under quarter turns, normalised units; a larger one is a bug, not noise."""
+RANDOM_OBSERVATIONS, REAL_OBSERVATIONS, GOLDEN_SCENES = 256, 64, 4
+
+
+class ExportError(RuntimeError):
+    """The exported graph does not do what the trained network does. Nothing was written."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a policy comes from, as its manifest records it."""
+
+    algorithm: str
+    equivariance: str
+    group: str
+    seed: int
+    updates: int
+
+
+class Graph(nn.Module):
+    """What is exported: (depth [B, 1, H, W], gripper [B, 1]) -> action, normalized_action, std [B, A] and value [B]."""
+
+    def __init__(self, agent: Agent, spec: PolicySpec) -> None:
+        super().__init__()
+        self._spec = spec
+        self.actor = agent.actor.export()
+        self.value = agent.value_function.export() if agent.value_function is not None else None
+        self.register_buffer("scale", torch.from_numpy(spec.action.scale))
+        self.register_buffer("centre", torch.from_numpy(spec.action.centre))
+
+    def forward(self, depth: Float[Tensor, "B 1 H W"], gripper: Float[Tensor, "B 1"]) -> tuple[Tensor, ...]:
+        distribution = SquashedGaussian(self.actor(depth, gripper), self._spec.action)
+        normalized = distribution.mode()
+        action = normalized * self.scale + self.centre  # type: ignore[operator]
+        std = distribution.std() * self.scale  # type: ignore[operator]
+        value = () if self.value is None else (self.value(depth, gripper)[:, 0],)
+        return action, normalized, std, *value
+
+
+@torch.no_grad()
+def export(agent: Agent, dataset: Dataset, provenance: Provenance, path: Path) -> Manifest:
+    """Write `path` atomically and return what it says about itself.
+
+    Raises:
+        ExportError: when torch and onnxruntime disagree by more than PARITY_BOUND, or an actor that should be
+            equivariant turns quarter turns with more than SYMMETRY_BOUND of error.
+    """
+    agent = agent.cpu()
+    spec, rng = dataset.spec, np.random.default_rng(provenance.seed)
+    model = to_onnx(Graph(agent, spec).eval(), spec)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    real = _real_observations(dataset, rng)
+    _require_parity(agent, session, _random_observations(spec, rng), "random")
+    _require_parity(agent, session, real, "recorded")
+    quarter = _equivariance_error(session, real, QUARTER_TURNS, spec)
+    if agent.actor.steerable and not quarter <= SYMMETRY_BOUND:
+        raise ExportError(f"the equivariant actor is off by {quarter:.3g} of its range under quarter turns")
+    manifest = Manifest(
+        spec=spec,
+        group=provenance.group,
+        task=dataset.task,
+        algorithm=provenance.algorithm,
+        equivariance=provenance.equivariance,
+        seed=provenance.seed,
+        updates=provenance.updates,
+        dataset_id=dataset.dataset_id,
+        dataset_sha256=dataset.sha256,
+        code_version=code_version(),
+        equivariance_error_90=quarter,
+        equivariance_error_45=_equivariance_error(session, real, (EIGHTH_TURN,), spec),
+        golden=_golden(agent, real, spec),
+    )
+    write(model, manifest, path)
+    return manifest
+
+
+def to_onnx(graph: nn.Module, spec: PolicySpec) -> onnx.ModelProto:
+    """Trace a module with Graph's signature; the batch axis stays free."""
+    depth, gripper = torch.zeros(2, 1, *spec.observation.shape), torch.zeros(2, 1)
+    batch = torch.export.Dim("batch", min=1)
+    has_value = len(graph(depth, gripper)) > len(OUTPUTS)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports each step that went well
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            graph,
+            (depth, gripper),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            external_data=False,
+            input_names=list(INPUTS),
+            output_names=[*OUTPUTS, *([VALUE_OUTPUT] if has_value else [])],
+            dynamic_shapes=({0: batch}, {0: batch}),
+        )
+    if program is None:
+        raise ExportError("torch.onnx.export gave no program")
+    written = io.BytesIO()
+    program.save(written, external_data=False)
+    return onnx.load_from_string(written.getvalue())
+
+
+def write(model: onnx.ModelProto, manifest: Manifest, path: Path) -> None:
+    """Put the manifest into the model's metadata and write the file, whole or not at all."""
+    onnx.helper.set_model_props(model, manifest.to_metadata())
+    model.producer_name = "equiserve"
+    onnx.checker.check_model(model)
+    write_atomically(path, model.SerializeToString())
+
+
+def code_version() -> str:
+    """The installed version, and the commit where this runs from a git checkout."""
+    try:
+        version = importlib.metadata.version("equiserve")
+    except importlib.metadata.PackageNotFoundError:
+        version = "uninstalled"
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return version
+    return f"{version}+{commit}"
+
+
+def _random_observations(spec: PolicySpec, rng: np.random.Generator) -> State:
+    view = spec.observation
+    depth = rng.uniform(view.depth_min_m, view.depth_max_m, (RANDOM_OBSERVATIONS, 1, *view.shape))
+    gripper = rng.integers(0, 2, (RANDOM_OBSERVATIONS, 1))
+    return State(torch.from_numpy(depth.astype(np.float32)), torch.from_numpy(gripper.astype(np.float32)))
+
+
+def _real_observations(dataset: Dataset, rng: np.random.Generator) -> State:
+    index = rng.permutation(len(dataset))[:REAL_OBSERVATIONS]
+    frames = dataset.now.cpu()[torch.from_numpy(index)]
+    return State(dataset.depth.cpu()[frames], dataset.gripper.cpu()[frames])
+
+
+def _require_parity(agent: Agent, session: onnxruntime.InferenceSession, state: State, kind: str) -> None:
+    ours = torch.cat([agent.actor(part).mode() for part in _parts(state)]).numpy()
+    difference = float(np.abs(ours - _normalized(session, state)).max())
+    if not difference <= PARITY_BOUND:
+        raise ExportError(f"torch and onnxruntime differ by {difference:.3g} of a range on {kind} observations")
+
+
+def _equivariance_error(
+    session: onnxruntime.InferenceSession, state: State, turns: tuple[Element, ...], spec: PolicySpec
+) -> float:
+    """max |pi(g s) - rho(g) pi(s)| of the graph that will be served, in normalised units."""
+    before = _normalized(session, state)
+    errors = [0.0]
+    for turn in turns:
+        turned = State(torch.from_numpy(turn.image(state.depth.numpy(), spec.observation)), state.gripper)
+        errors.append(float(np.abs(_normalized(session, turned) - turn.action(before, spec.action)).max()))
+    return max(errors)
+
+
+def _golden(agent: Agent, real: State, spec: PolicySpec) -> Golden:
+    """Recorded scenes, each with an empty and a holding gripper, and what torch, not the graph, answers."""
+    depth = real.depth[:GOLDEN_SCENES].repeat_interleave(2, dim=0)
+    gripper = torch.tensor([[0.0], [1.0]]).repeat(len(depth) // 2, 1)
+    normalized = agent.actor(State(depth, gripper)).mode().numpy()
+    action = np.asarray(spec.action.denormalize(normalized), np.float32)
+    return Golden(depth[:, 0].numpy().copy(), gripper[:, 0].numpy().copy(), action)
+
+
+def _normalized(session: onnxruntime.InferenceSession, state: State) -> NDArray[np.float32]:
+    name = OUTPUTS[1]
+    feeds = [dict(zip(INPUTS, (p.depth.numpy(), p.gripper.numpy()), strict=True)) for p in _parts(state)]
+    return np.concatenate([session.run([name], feed)[0] for feed in feeds])
+
+
+def _parts(state: State, size: int = 32) -> list[State]:
+    return [State(d, g) for d, g in zip(state.depth.split(size), state.gripper.split(size), strict=True)]

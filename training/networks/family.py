@@ -1,0 +1,104 @@
+"""What the two families of networks, steerable and plain, have in common: plain tensors in and out, and their sizes."""
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from protos.spaces import ObservationSpec
+from protos.symmetry import Group
+
+ROLES = frozenset({"actor", "critic", "value"})
+EQUIVARIANCE: dict[str, frozenset[str]] = {
+    "both": ROLES,
+    "actor": frozenset({"actor"}),
+    "critic": frozenset({"critic", "value"}),
+    "none": frozenset(),
+}
+"""--equivariance -> the roles whose networks are steerable; the paper's ablations are these four sets."""
+
+NARROWEST = 8
+"""The image side at which pooling ends: 8 -> 6 (valid 3x3) -> 3 (pool) -> 1 (valid 3x3) tiles evenly, so that quarter
+turns are exact."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes of every network. A plain network gets as many channels as make its parameter count like a steerable one."""
+
+    group: str = "C8"
+    """The rotations that steerable networks are built for: C4, C8 or C16."""
+    fields: tuple[int, ...] = (4, 12, 24, 32, 48)
+    """Regular fields after each convolution of the encoder; one field is as many channels as the group has elements."""
+    hidden: int = 48
+    """Regular fields of a head's hidden layer."""
+    pool: int = 2
+    """Average pooling of the image before the first convolution: 2 turns 128 x 128 into 64 x 64."""
+
+    def __post_init__(self) -> None:
+        group = Group.parse(self.group)
+        if group.reflections or group.order < 4 or group.order % 4:
+            raise ValueError(f"group must be C4, C8, C12, C16, ..., got {self.group}: reflections are not built yet")
+        if min(self.fields, default=0) < 1 or self.hidden < 1 or self.pool < 1:
+            raise ValueError(f"fields, hidden and pool must be positive, got {self.fields}, {self.hidden}, {self.pool}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One 3x3 convolution of an encoder, and whether a 2x2 max pooling follows it."""
+
+    fields: int
+    padding: int
+    pool: bool
+
+
+def stages(cfg: NetworkConfig, spec: ObservationSpec) -> tuple[Stage, ...]:
+    """The encoder's convolutions, from the pooled image to 1 x 1.
+
+    Raises ValueError when the image does not tile, or `cfg.fields` has not one entry per convolution.
+    """
+    side = spec.height / cfg.pool
+    halvings = math.log2(side / NARROWEST)
+    if halvings != int(halvings) or halvings < 0:
+        raise ValueError(f"{spec.height} pixels pooled by {cfg.pool} must be {NARROWEST} times a power of two")
+    if len(cfg.fields) != halvings + 2:
+        raise ValueError(f"a {side:g} x {side:g} image takes {int(halvings) + 2} convolutions, got fields {cfg.fields}")
+    *padded, second_last, last = cfg.fields
+    return (*(Stage(f, 1, True) for f in padded), Stage(second_last, 0, True), Stage(last, 0, False))
+
+
+class Encoder(Protocol):
+    """An image to a feature vector."""
+
+    features: int
+
+    def __call__(self, image: Float[Tensor, "B 2 S S"]) -> Float[Tensor, "B F"]: ...
+
+    def export(self) -> nn.Module:
+        """The same function as ordinary torch layers."""
+        ...
+
+
+class Head(Protocol):
+    """Features, and perhaps an action, to predicted fields.
+
+    Given actions may carry leading sample axes: the features enter once, however many actions are scored against them.
+    """
+
+    def __call__(self, features: Float[Tensor, "B F"], given: Float[Tensor, "*S B A"] | None = None) -> Tensor: ...
+
+    def export(self) -> nn.Module:
+        """The same function of features alone, [B, F] -> [B, P], as ordinary torch layers; for heads given nothing."""
+        ...
+
+
+def family(steerable: bool) -> ModuleType:
+    """The module with `Encoder(cfg, spec)` and `Head(cfg, spec, given, predict)`; e2cnn is imported only if used."""
+    if steerable:
+        from training.networks import steerable as chosen
+    else:
+        from training.networks import plain as chosen  # type: ignore[no-redef]
+    return chosen

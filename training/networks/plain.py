@@ -1,0 +1,66 @@
+"""An ordinary CNN with the interface, the layers and about the parameter count of the steerable family: the baseline."""
+
+import math
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from protos.spaces import Kind, ObservationSpec
+from protos.symmetry import Group
+from training.networks.family import NetworkConfig, stages
+
+
+class Encoder(nn.Module):
+    """Image [B, 2, S, S] -> features [B, F]."""
+
+    def __init__(self, cfg: NetworkConfig, spec: ObservationSpec) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        current = 2
+        for stage in stages(cfg, spec):
+            layers += [nn.Conv2d(current, _channels(cfg, stage.fields), 3, padding=stage.padding), nn.ReLU()]
+            if stage.pool:
+                layers.append(nn.MaxPool2d(2))
+            current = _channels(cfg, stage.fields)
+        self.body = nn.Sequential(*layers, nn.Flatten(1))
+        self.features = current
+
+    def forward(self, image: Float[Tensor, "B 2 S S"]) -> Float[Tensor, "B F"]:
+        return self.body(image)
+
+    def export(self) -> nn.Module:
+        return self.body
+
+
+class Head(nn.Module):
+    """Features [B, F] and given fields [*S, B, A] -> predicted fields [*S, B, P]."""
+
+    def __init__(
+        self, cfg: NetworkConfig, spec: ObservationSpec, given: Sequence[Kind], predict: Sequence[Kind]
+    ) -> None:
+        super().__init__()
+        hidden = _channels(cfg, cfg.hidden)
+        self.from_features = nn.Linear(_channels(cfg, cfg.fields[-1]), hidden)
+        self.from_given = nn.Linear(_size(given), hidden, bias=False) if given else None
+        self.relu = nn.ReLU()
+        self.last = nn.Linear(hidden, _size(predict))
+
+    def forward(self, features: Float[Tensor, "B F"], given: Float[Tensor, "*S B A"] | None = None) -> Tensor:
+        hidden = self.from_features(features)
+        if given is not None:
+            hidden = hidden + self.from_given(given)  # type: ignore[misc]
+        return self.last(self.relu(hidden))
+
+    def export(self) -> nn.Module:
+        return nn.Sequential(self.from_features, self.relu, self.last)
+
+
+def _channels(cfg: NetworkConfig, fields: int) -> int:
+    """A steerable 3x3 filter between two regular fields of C_N has 6 N free weights where a plain one has 9 per channel
+    pair: sqrt(6 N / 9) channels a field make the counts alike (a test compares them)."""
+    return round(fields * math.sqrt(6 * Group.parse(cfg.group).order / 9))
+
+
+def _size(kinds: Sequence[Kind]) -> int:
+    return sum(2 if kind is Kind.VECTOR else 1 for kind in kinds)

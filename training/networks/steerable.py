@@ -1,0 +1,128 @@
+"""SO(2)-steerable encoder and head on e2cnn. GeometricTensor never leaves this file.
+
+The body maps regular fields to regular fields with pointwise nonlinearities, which commute with the group; vectors
+(irrep 1) and scalars (trivial) appear only where a head is given or predicts them, at its linear layers.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import e2cnn.nn as enn
+import numpy as np
+import torch
+from e2cnn import gspaces
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from protos.spaces import Kind, ObservationSpec
+from protos.symmetry import Group
+from training.networks.e2cnn_compat import mend
+from training.networks.family import NetworkConfig, stages
+
+mend()
+
+
+class Encoder(nn.Module):
+    """Image [B, 2, S, S] of trivial fields -> features [B, F], regular fields."""
+
+    def __init__(self, cfg: NetworkConfig, spec: ObservationSpec) -> None:
+        super().__init__()
+        space = _space(cfg.group)
+        self._in = current = _type(space, [Kind.SCALAR, Kind.SCALAR])
+        layers: list[enn.EquivariantModule] = []
+        for stage in stages(cfg, spec):
+            wider = _regular(space, stage.fields)
+            layers += [enn.R2Conv(current, wider, 3, padding=stage.padding), enn.ReLU(wider)]
+            if stage.pool:
+                layers.append(enn.PointwiseMaxPool(wider, 2))
+            current = wider
+        self.body = enn.SequentialModule(*layers)
+        self.features = current.size
+
+    def forward(self, image: Float[Tensor, "B 2 S S"]) -> Float[Tensor, "B F"]:
+        return self.body(enn.GeometricTensor(image, self._in)).tensor.flatten(1)
+
+    def export(self) -> nn.Module:
+        return nn.Sequential(_exported(self.body), nn.Flatten(1))
+
+
+class Head(nn.Module):
+    """Features [B, F] and given fields [*S, B, A] -> predicted fields [*S, B, P].
+
+    Where everything predicted is a scalar, the hidden layer is pooled over the group first: invariant by construction.
+    """
+
+    def __init__(
+        self, cfg: NetworkConfig, spec: ObservationSpec, given: Sequence[Kind], predict: Sequence[Kind]
+    ) -> None:
+        super().__init__()
+        space = _space(cfg.group)
+        self._features = _regular(space, cfg.fields[-1])
+        hidden = _regular(space, cfg.hidden)
+        self.from_features = enn.R2Conv(self._features, hidden, 1)
+        self._given = _type(space, given) if given else None
+        self.from_given = enn.R2Conv(self._given, hidden, 1, bias=False) if given else None
+        self.relu = enn.ReLU(hidden)
+        invariant = all(kind is Kind.SCALAR for kind in predict)
+        self.pool = enn.GroupPooling(hidden) if invariant else None
+        pooled = self.pool.out_type if invariant else hidden
+        self.last = enn.R2Conv(pooled, _type(space, predict), 1)
+        self.register_buffer("_given_to_display", _to_display(spec, given), persistent=False)
+        self.register_buffer("_display_to_world", _to_display(spec, predict).T, persistent=False)
+
+    def forward(self, features: Float[Tensor, "B F"], given: Float[Tensor, "*S B A"] | None = None) -> Tensor:
+        hidden = self.from_features(_points(features, self._features))
+        leading = features.shape[:-1]
+        if given is not None:
+            display = given @ self._given_to_display.T  # type: ignore[operator, union-attr]
+            leading = display.shape[:-1]
+            acted = self.from_given(_points(display.flatten(0, -2), self._given)).tensor  # type: ignore[misc]
+            joint = acted.unflatten(0, leading) + hidden.tensor  # the features, once, against every action
+            hidden = enn.GeometricTensor(joint.flatten(0, -4), hidden.type)
+        hidden = self.relu(hidden)
+        if self.pool is not None:
+            hidden = self.pool(hidden)
+        predicted = self.last(hidden).tensor.flatten(1)
+        return (predicted @ self._display_to_world.T).unflatten(0, leading)  # type: ignore[operator, union-attr]
+
+    def export(self) -> nn.Module:
+        layers = [self.from_features, self.relu, *([self.pool] if self.pool is not None else []), self.last]
+        turn = nn.Linear(*self._display_to_world.T.shape, bias=False)  # type: ignore[union-attr, operator]
+        turn.weight.data = self._display_to_world.clone()  # type: ignore[union-attr, operator]
+        points = [nn.Unflatten(1, (self._features.size, 1, 1)), *map(_exported, layers), nn.Flatten(1)]
+        return nn.Sequential(*points, turn)
+
+
+@functools.cache
+def _space(group: str) -> gspaces.GSpace:
+    return gspaces.Rot2dOnR2(Group.parse(group).order)
+
+
+def _regular(space: gspaces.GSpace, fields: int) -> enn.FieldType:
+    return enn.FieldType(space, fields * [space.regular_repr])
+
+
+def _type(space: gspaces.GSpace, kinds: Sequence[Kind]) -> enn.FieldType:
+    """Vectors are irrep 1. Under rotations alone a pseudoscalar is as invariant as a scalar."""
+    return enn.FieldType(space, [space.irrep(1) if kind is Kind.VECTOR else space.trivial_repr for kind in kinds])
+
+
+def _to_display(spec: ObservationSpec, kinds: Sequence[Kind]) -> Tensor:
+    """World components -> those of the displayed image, where e2cnn's irrep 1 lives: x along columns, y up the rows."""
+    planar = np.array([spec.col_axis, -np.array(spec.row_axis)], np.float32)
+    blocks = [torch.from_numpy(planar) if kind is Kind.VECTOR else torch.eye(1) for kind in kinds]
+    return torch.block_diag(*blocks)
+
+
+def _points(values: Float[Tensor, "B C"], field_type: enn.FieldType) -> enn.GeometricTensor:
+    """Vectors of values as fields over a single point."""
+    return enn.GeometricTensor(values[..., None, None], field_type)
+
+
+def _exported(layer: enn.EquivariantModule) -> nn.Module:
+    # e2cnn caches the expanded filters when it enters eval mode: entering anew picks up the present weights.
+    layer.train()
+    layer.eval()
+    exported = layer.export()
+    layer.train()
+    return exported

@@ -1,5 +1,6 @@
 """One run of training as a frozen dataclass. Presets are YAML files beside this one; every value has a flag."""
 
+import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -64,8 +65,6 @@ class RunConfig:
     iql: IQLConfig = field(default_factory=IQLConfig)
 
     def __post_init__(self) -> None:
-        if self.minutes is None and self.updates is None:
-            raise ValueError("when should training stop? give --minutes or --updates")
         for name in ("minutes", "updates", "batch_size", "learning_rate", "threads", "checkpoint_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -79,16 +78,12 @@ class RunConfig:
 
 
 def parse(argv: list[str]) -> RunConfig:
-    """The command line over its preset. Exits with usage on unknown flags, and with a reason on bad values."""
+    """The command line over its preset. Exits with the usage on unknown flags; raises ValueError on bad values."""
     values = _preset(argv)
     # A budget on the command line replaces the preset's, whichever kind that is.
-    if any(flag in argument for argument in argv for flag in ("--minutes", "--updates")):
+    if any(argument.startswith(("--minutes", "--updates")) for argument in argv):
         values |= {"minutes": None, "updates": None}
-        defaults = RunConfig(dataset=Path(), output=Path(), **(values | {"updates": 1}))
-        defaults = _replace_unchecked(defaults, updates=None)
-    else:
-        defaults = RunConfig(dataset=Path(), output=Path(), **values)
-    defaults = _replace_unchecked(defaults, dataset=tyro.MISSING, output=tyro.MISSING)
+    defaults = RunConfig(dataset=tyro.MISSING, output=tyro.MISSING, **values)
     return tyro.cli(
         RunConfig, args=argv, default=defaults, prog="python -m training.run", description=RunConfig.__doc__
     )
@@ -96,21 +91,11 @@ def parse(argv: list[str]) -> RunConfig:
 
 def _preset(argv: list[str]) -> dict[str, Any]:
     """The values of the preset that `argv` names. It is needed before the other flags can be given their defaults."""
-    name = "cpu"
-    for index, argument in enumerate(argv):
-        if argument == "--preset" and index + 1 < len(argv):
-            name = argv[index + 1]
-        elif argument.startswith("--preset="):
-            name = argument.removeprefix("--preset=")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default="cpu")
+    name = parser.parse_known_args(argv)[0].preset
     if name not in get_args(Preset):
-        name = "cpu"  # tyro will refuse it, with the usage
+        name = "cpu"  # tyro will refuse the other, with the usage
     values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
-    network = values.pop("network", {})
+    network = values.pop("network")
     return values | {"preset": name, "network": NetworkConfig(**network | {"fields": tuple(network["fields"])})}
-
-
-def _replace_unchecked(config: RunConfig, **values: Any) -> RunConfig:
-    """dataclasses.replace without __post_init__: tyro fills what is missing here and checks the result."""
-    for name, value in values.items():
-        object.__setattr__(config, name, value)
-    return config

@@ -1,7 +1,6 @@
 """A trained agent -> one file, policy.onnx: plain layers, checked against torch, with its manifest inside."""
 
 import importlib.metadata
-import io
 import logging
 import subprocess
 import warnings
@@ -127,9 +126,8 @@ def to_onnx(graph: nn.Module, spec: PolicySpec) -> onnx.ModelProto:
         )
     if program is None:
         raise ExportError("torch.onnx.export gave no program")
-    written = io.BytesIO()
-    program.save(written, external_data=False)
-    return onnx.load_from_string(written.getvalue())
+    model: onnx.ModelProto = program.model_proto
+    return model
 
 
 def write(model: onnx.ModelProto, manifest: Manifest, path: Path) -> None:

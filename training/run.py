@@ -20,7 +20,7 @@ from training.agents.bc import BC
 from training.agents.iql import IQL
 from training.config import RunConfig, parse
 from training.data.augment import random_rotation
-from training.data.dataset import Dataset, load
+from training.data.dataset import load
 from training.export import ExportError, Provenance, export
 from training.networks.family import EQUIVARIANCE
 
@@ -40,7 +40,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.dataset = load(config.dataset, successful_only=config.successful_only, device=self.device)
         self.learner = Learner(
-            self._agent().to(self.device, memory_format=torch.channels_last),
+            self._agent().to(self.device),
             config.learning_rate,
             bf16=_bf16(config.precision, self.device),
         )

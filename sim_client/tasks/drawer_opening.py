@@ -20,6 +20,9 @@ SPREAD_M = 0.09
 """The middle of the pull lies within this radius of the workspace's centre: as hard from every side."""
 START_LOW_M, START_HIGH_M = 0.17, 0.25
 START_SPREAD_M = 0.04
+WRIST_SPREAD_RAD = math.pi / 3
+"""The wrist starts within this of a grasp. A quarter turn away, left and right are equally good: nobody's answer is
+wrong there, and no demonstration says more than that."""
 
 # The expert. Both fingers pass the bar with the most room when the tool is a centimetre outside it.
 GRASP_OUT_M = 0.010
@@ -46,7 +49,7 @@ class DrawerOpening:
         middle = _in_disc(rng, SPREAD_M, turn)
         start = _in_disc(rng, START_SPREAD_M, turn)
         height = rng.uniform(START_LOW_M, START_HIGH_M)
-        wrist = rng.uniform(-math.pi / 2, math.pi / 2) + turn
+        wrist = self._grasp_yaw + rng.uniform(-WRIST_SPREAD_RAD, WRIST_SPREAD_RAD)
         self._centre = middle - (HANDLE_OUT_M + OPEN_ENOUGH_M / 2) * self._outward
         p.resetBasePositionAndOrientation(
             self._body,

@@ -1,6 +1,6 @@
-"""Three repairs to e2cnn 0.2.3 for today's numpy and torch. `training.networks.steerable` calls `mend` before it builds.
+"""Repairs to e2cnn 0.2.3 for today's numpy and torch; `training.networks.steerable` calls `mend` before it builds.
 
-Each repair replaces one name inside one e2cnn module; site-packages stays as it is. Remove a repair when upstream has it.
+Each repair replaces names inside one e2cnn module; site-packages stays as it is. Remove a repair when upstream has it.
 `ndarray.tostring`, gone since numpy 2.3, cannot be put back on a C type: pyproject.toml caps numpy instead.
 """
 

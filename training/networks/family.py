@@ -27,7 +27,7 @@ turns are exact."""
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Sizes of every network. A plain network gets as many channels as make its parameter count like a steerable one."""
+    """Sizes of every network. A plain one gets as many channels as make its parameter count like a steerable one."""
 
     group: str = "C8"
     """The rotations that steerable networks are built for: C4, C8 or C16."""

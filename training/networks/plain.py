@@ -1,4 +1,4 @@
-"""An ordinary CNN with the interface, the layers and about the parameter count of the steerable family: the baseline."""
+"""An ordinary CNN, the baseline: interface, layers and about the parameter count of the steerable family."""
 
 import math
 from collections.abc import Sequence

@@ -52,6 +52,9 @@ class Head(nn.Module):
     Where everything predicted is a scalar, the hidden layer is pooled over the group first: invariant by construction.
     """
 
+    _given_to_display: Tensor
+    _display_to_world: Tensor
+
     def __init__(
         self, cfg: NetworkConfig, spec: ObservationSpec, given: Sequence[Kind], predict: Sequence[Kind]
     ) -> None:
@@ -65,8 +68,7 @@ class Head(nn.Module):
         self.relu = enn.ReLU(hidden)
         invariant = all(kind is Kind.SCALAR for kind in predict)
         self.pool = enn.GroupPooling(hidden) if invariant else None
-        pooled = self.pool.out_type if invariant else hidden
-        self.last = enn.R2Conv(pooled, _type(space, predict), 1)
+        self.last = enn.R2Conv(self.pool.out_type if self.pool else hidden, _type(space, predict), 1)
         self.register_buffer("_given_to_display", _to_display(spec, given), persistent=False)
         self.register_buffer("_display_to_world", _to_display(spec, predict).T, persistent=False)
 
@@ -74,7 +76,7 @@ class Head(nn.Module):
         hidden = self.from_features(_points(features, self._features))
         leading = features.shape[:-1]
         if given is not None:
-            display = given @ self._given_to_display.T  # type: ignore[operator, union-attr]
+            display = given @ self._given_to_display.T
             leading = display.shape[:-1]
             acted = self.from_given(_points(display.flatten(0, -2), self._given)).tensor  # type: ignore[misc]
             joint = acted.unflatten(0, leading) + hidden.tensor  # the features, once, against every action
@@ -83,12 +85,12 @@ class Head(nn.Module):
         if self.pool is not None:
             hidden = self.pool(hidden)
         predicted = self.last(hidden).tensor.flatten(1)
-        return (predicted @ self._display_to_world.T).unflatten(0, leading)  # type: ignore[operator, union-attr]
+        return (predicted @ self._display_to_world.T).unflatten(0, leading)
 
     def export(self) -> nn.Module:
         layers = [self.from_features, self.relu, *([self.pool] if self.pool is not None else []), self.last]
-        turn = nn.Linear(*self._display_to_world.T.shape, bias=False)  # type: ignore[union-attr, operator]
-        turn.weight.data = self._display_to_world.clone()  # type: ignore[union-attr, operator]
+        turn = nn.Linear(len(self._display_to_world), len(self._display_to_world), bias=False)
+        turn.weight.data = self._display_to_world.clone()
         points = [nn.Unflatten(1, (self._features.size, 1, 1)), *map(_exported, layers), nn.Flatten(1)]
         return nn.Sequential(*points, turn)
 

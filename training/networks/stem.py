@@ -1,4 +1,4 @@
-"""The first stage of every network, inside the exported graph: metres and gripper state -> a round two-channel image."""
+"""The first stage of every network, inside the exported graph: metres and gripper state -> a round image."""
 
 import torch
 from jaxtyping import Float

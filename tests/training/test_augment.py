@@ -1,0 +1,55 @@
+"""Augmentation turns a batch as protos.symmetry turns its parts."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from protos.spaces import ACTION, ObservationSpec, PolicySpec
+from protos.symmetry import Element
+from tests.training.conftest import SMALL
+from training.batch import Batch, State
+from training.data.augment import random_rotation, rotate
+
+AXES = [(1, 0), (-1, 0), (0, 1), (0, -1)]
+CONVENTIONS = [(r, c) for r, c in itertools.product(AXES, AXES) if np.dot(r, c) == 0]
+
+
+def batch_of(spec: PolicySpec, size: int = 5) -> Batch:
+    smooth = torch.nn.functional.interpolate(
+        torch.rand(2 * size, 1, 6, 6), size=spec.observation.height, mode="bicubic"
+    )
+    gripper = torch.rand(2 * size, 1).round()
+    return Batch(
+        state=State(smooth[:size], gripper[:size]),
+        action=torch.rand(size, ACTION.size) - 0.5,
+        reward=torch.rand(size),
+        continues=torch.ones(size),
+        next_state=State(smooth[size:], gripper[size:]),
+    )
+
+
+@pytest.mark.parametrize(("row_axis", "col_axis"), CONVENTIONS)
+@pytest.mark.parametrize("degrees", [90, 180, 270, 45, 200])
+def test_images_and_actions_turn_as_the_contract_says(
+    degrees: int, row_axis: tuple[int, int], col_axis: tuple[int, int]
+) -> None:
+    spec = PolicySpec(ObservationSpec(height=32, width=32, row_axis=row_axis, col_axis=col_axis), ACTION)
+    batch, turn = batch_of(spec), Element(math.radians(degrees))
+    after = rotate(batch, torch.full((5,), turn.angle), spec)
+    np.testing.assert_allclose(after.action, turn.action(batch.action.numpy(), ACTION), atol=1e-6)
+    for before, now in ((batch.state, after.state), (batch.next_state, after.next_state)):
+        np.testing.assert_allclose(now.depth, turn.image(before.depth.numpy(), spec.observation), atol=2e-3)
+        np.testing.assert_array_equal(now.gripper, before.gripper)
+    np.testing.assert_array_equal(after.reward, batch.reward)
+
+
+def test_every_sample_gets_an_angle_of_its_own() -> None:
+    batch = batch_of(SMALL)
+    same = Batch(batch.state, batch.action[:1].expand(5, -1), batch.reward, batch.continues, batch.next_state)
+    after = random_rotation(same, SMALL, torch.Generator().manual_seed(0))
+    planar = after.action[:, ACTION.slice_of("planar")]
+    assert len(torch.unique(planar.round(decimals=4), dim=0)) == 5
+    torch.testing.assert_close(planar.norm(dim=1), same.action[:, ACTION.slice_of("planar")].norm(dim=1))

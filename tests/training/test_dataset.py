@@ -1,0 +1,132 @@
+"""Datasets: values survive, and what is broken is refused by episode, step and field."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import minari
+import numpy as np
+import pytest
+import torch
+
+from protos.errors import Rejected
+from tests.training.conftest import SMALL, write_dataset
+from training.data.dataset import Dataset, load
+
+
+def test_transitions_are_those_that_minari_stores(reach: Dataset, reach_path: Path) -> None:
+    stored = list(minari.MinariDataset(reach_path / "data").iterate_episodes())
+    assert len(reach) == sum(len(e.actions) for e in stored)
+    batch = reach.batch(torch.tensor([0, 3, 4]))  # the first and last step of episode 0, the first of episode 1
+    for row, (episode, step) in enumerate([(0, 0), (0, 3), (1, 0)]):
+        source = stored[episode]
+        np.testing.assert_array_equal(batch.state.depth[row, 0], source.observations["depth"][step])
+        np.testing.assert_array_equal(batch.next_state.depth[row, 0], source.observations["depth"][step + 1])
+        np.testing.assert_array_equal(batch.next_state.gripper[row], source.observations["gripper"][step + 1])
+        np.testing.assert_allclose(SMALL.action.denormalize(batch.action[row].numpy()), source.actions[step], atol=1e-6)
+    assert batch.reward.tolist() == [0.0, 1.0, 0.0]
+    assert batch.continues.tolist() == [1.0, 0.0, 1.0]
+
+
+def test_the_hash_is_of_the_content_alone(tmp_path: Path, reach: Dataset) -> None:
+    again = load(write_dataset(tmp_path / "again"), successful_only=True)
+    assert again.sha256 == reach.sha256
+
+    def nudge(index: int, episode: dict[str, Any]) -> None:
+        episode["depth"][0][0, 0] += 1e-6
+
+    assert load(write_dataset(tmp_path / "other", edit=nudge), successful_only=True).sha256 != reach.sha256
+
+
+def test_failures_are_dropped_for_cloning_and_kept_for_reinforcement(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path, episodes=4, reward=lambda episode: float(episode % 2))
+    assert load(path, successful_only=True).episodes == 2
+    assert load(path, successful_only=False).episodes == 4
+
+
+def test_nothing_worth_imitating_is_an_error(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path, episodes=2, reward=lambda episode: 0.0)
+    with pytest.raises(Rejected, match="successful episodes"):
+        load(path, successful_only=True)
+
+
+def put(field: str, step: int, value: Any) -> Callable[[int, dict[str, Any]], None]:
+    """An edit that replaces one step of episode 1."""
+
+    def edit(index: int, episode: dict[str, Any]) -> None:
+        if index == 1:
+            episode[field][step] = value(episode[field][step])
+
+    return edit
+
+
+def to_all(field: str, change: Callable[[Any], Any]) -> Callable[[int, dict[str, Any]], None]:
+    def edit(index: int, episode: dict[str, Any]) -> None:
+        episode[field] = [change(v) for v in episode[field]]
+
+    return edit
+
+
+def at_component(index: int, value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def change(action: np.ndarray) -> np.ndarray:
+        action = action.copy()
+        action.reshape(-1)[index] = value
+        return action
+
+    return change
+
+
+BROKEN: dict[str, tuple[Callable[[int, dict[str, Any]], None], str]] = {
+    "NaN depth": (put("depth", 2, at_component(5, np.nan)), "episode 1, step 2, depth: expected finite"),
+    "infinite depth": (put("depth", 0, at_component(0, np.inf)), "episode 1, step 0, depth: expected finite"),
+    "depth in millimetres": (put("depth", 3, lambda d: d * 1000), "episode 1, step 3, depth: expected 0 to 0.6 m"),
+    "negative depth": (put("depth", 1, lambda d: -d), "episode 1, step 1, depth"),
+    "NaN gripper": (put("gripper", 4, lambda g: g * np.nan), "episode 1, step 4, gripper"),
+    "gripper in metres": (put("gripper", 1, lambda g: g * 0 + 8), "episode 1, step 1, gripper"),
+    "NaN action": (put("action", 1, at_component(3, np.nan)), "episode 1, step 1, action: expected finite"),
+    "planar beyond its radius": (put("action", 2, at_component(1, 0.2)), "episode 1, step 2, action.planar"),
+    "lift beyond its limit": (put("action", 0, at_component(3, -0.06)), "episode 1, step 0, action.lift"),
+    "yaw in degrees": (put("action", 3, at_component(4, 45.0)), "episode 1, step 3, action.yaw"),
+    "gripper command -1": (put("action", 3, at_component(0, -1.0)), "episode 1, step 3, action.gripper"),
+    "NaN reward": (put("reward", 0, lambda r: np.nan), "episode 1, step 0, reward"),
+    "termination before the end": (
+        lambda i, e: e.update(termination=[False, True, False, True]),
+        "episode 0, step 1, termination",
+    ),
+    "another image size": (to_all("depth", lambda d: d[:16, :16]), "episode 0, depth: expected shape"),
+    "four action components": (to_all("action", lambda a: a[:4]), "episode 0, action: expected shape"),
+    "integer depth": (to_all("depth", lambda d: (d * 1000).astype(np.uint16)), "episode 0, depth: expected float32"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_dataset_is_refused_by_episode_step_and_field(name: str, tmp_path: Path) -> None:
+    edit, said = BROKEN[name]
+    path = write_dataset(tmp_path, episodes=3, edit=edit)
+    with pytest.raises(Rejected) as refusal:
+        load(path, successful_only=False)
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"task": "reach"}, "metadata.contract"),
+        ({"contract": "{}", "contract_digest": "0"}, "contract"),
+        ({"contract": SMALL.to_json(), "contract_digest": "0" * 64}, "metadata.contract_digest"),
+    ],
+)
+def test_data_without_a_contract_are_refused(metadata: dict[str, str], said: str, tmp_path: Path) -> None:
+    path = write_dataset(tmp_path, episodes=1, metadata=metadata)
+    with pytest.raises(Rejected, match=said):
+        load(path, successful_only=False)
+
+
+def test_no_dataset_and_half_a_file_are_errors_that_name_the_path(tmp_path: Path) -> None:
+    with pytest.raises(Rejected, match="nothing there"):
+        load(tmp_path / "nowhere", successful_only=False)
+    path = write_dataset(tmp_path, episodes=2)
+    file = path / "data" / "main_data.hdf5"
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(Rejected, match=str(path)):
+        load(path, successful_only=False)

@@ -1,0 +1,187 @@
+"""policy.onnx: the same function as torch, with a manifest that a server can hold it to."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from protos.manifest import INPUTS, OUTPUTS, Manifest
+from protos.spaces import Observation
+from protos.symmetry import QUARTER_TURNS
+from serving.errors import PolicyRefused
+from serving.policy import load
+from serving.proofs import prove
+from tests.training.conftest import NETWORK, SMALL
+from tests.training.test_networks import random_state
+from training.agents.agent import Agent, Learner
+from training.agents.bc import BC, BCConfig
+from training.agents.iql import IQL, IQLConfig
+from training.batch import State
+from training.data.dataset import Dataset
+from training.export import ExportError, Graph, Provenance, export, to_onnx, write
+from training.networks.family import EQUIVARIANCE
+
+PROVENANCE = Provenance("bc", "both", "C8", seed=1, updates=60)
+
+
+def trained(reach: Dataset, agent: Any = BC, config: Any = None, equivariance: str = "both") -> Agent:
+    made: Agent = agent(NETWORK, SMALL, EQUIVARIANCE[equivariance], config or BCConfig())
+    learner, generator = Learner(made, 3e-3, bf16=False), torch.Generator().manual_seed(0)
+    for _ in range(60):
+        learner.update(reach.sample(16, generator))
+    return made
+
+
+@pytest.fixture(scope="module")
+def agent(reach: Dataset) -> Agent:
+    return trained(reach)
+
+
+@pytest.fixture(scope="module")
+def policy(agent: Agent, reach: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("export") / "policy.onnx"
+    export(agent, reach, PROVENANCE, path)
+    return path
+
+
+def test_torch_and_onnxruntime_agree_on_256_random_observations(agent: Agent, policy: Path) -> None:
+    session = onnxruntime.InferenceSession(policy)
+    state = random_state(SMALL, batch=256)
+    action, normalized, std = session.run(
+        None, dict(zip(INPUTS, (state.depth.numpy(), state.gripper.numpy()), strict=True))
+    )
+    with torch.no_grad():
+        pi = agent.actor(state)
+    np.testing.assert_allclose(normalized, pi.mode(), atol=1e-5)
+    np.testing.assert_allclose(SMALL.action.normalize(action), pi.mode(), atol=1e-5)
+    np.testing.assert_allclose(std, pi.std() * SMALL.action.scale, atol=1e-5)
+
+
+def test_the_file_turns_with_the_scene(policy: Path, reach: Dataset) -> None:
+    served = load(policy)
+    for seed in range(5):
+        state = reach.batch(torch.tensor([7 * seed])).state
+        scene = Observation(state.depth[0, 0].numpy(), float(state.gripper[0]))
+        before = served.act(scene).action
+        for turn in QUARTER_TURNS:
+            after = served.act(turn.observation(scene, SMALL.observation)).action
+            difference = (after - turn.action(before, SMALL.action)) / SMALL.action.scale
+            assert np.abs(difference).max() <= 1e-4
+
+
+def test_the_server_accepts_it_and_its_manifest_says_where_it_comes_from(policy: Path, reach: Dataset) -> None:
+    served = prove(load(policy))
+    manifest = served.manifest
+    assert manifest.spec == SMALL
+    assert (manifest.task, manifest.algorithm, manifest.equivariance, manifest.group) == ("reach", "bc", "both", "C8")
+    assert (manifest.seed, manifest.updates, manifest.dataset_sha256) == (1, 60, reach.sha256)
+    assert manifest.equivariance_error_90 <= 1e-4
+    assert manifest.equivariance_error_90 < manifest.equivariance_error_45 < 1
+
+
+def test_it_is_one_file_of_ordinary_layers(policy: Path) -> None:
+    model = onnx.load(policy)
+    assert list(policy.parent.iterdir()) == [policy]
+    assert not any(tensor.external_data for tensor in model.graph.initializer)
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+    assert [o.name for o in model.graph.output] == list(OUTPUTS)
+
+
+def test_a_critic_s_value_comes_along(reach: Dataset, tmp_path: Path) -> None:
+    agent = trained(reach, IQL, IQLConfig())
+    export(agent, reach, replace(PROVENANCE, algorithm="iql"), tmp_path / "policy.onnx")
+    state = random_state(SMALL, batch=1)
+    served = prove(load(tmp_path / "policy.onnx"))
+    with torch.no_grad():
+        expected = agent.value_function(state).item()  # type: ignore[misc]
+    assert served.act(Observation(state.depth[0, 0].numpy(), float(state.gripper[0]))).value == pytest.approx(
+        expected, abs=1e-5
+    )
+
+
+def test_a_plain_policy_makes_no_claim_of_symmetry_and_is_served(reach: Dataset, tmp_path: Path) -> None:
+    agent = trained(reach, equivariance="none")
+    manifest = export(agent, reach, replace(PROVENANCE, equivariance="none"), tmp_path / "policy.onnx")
+    assert manifest.equivariance_error_90 > 1e-2
+    proofs = {p.name: p.detail for p in prove(load(tmp_path / "policy.onnx")).proofs}
+    assert "not applicable" in proofs["symmetry"]
+
+
+class Broken(nn.Module):
+    """A graph whose inputs were mixed up on the way."""
+
+    def __init__(self, graph: Graph, how: str) -> None:
+        super().__init__()
+        self.graph, self.how = graph, how
+
+    def forward(self, depth: torch.Tensor, gripper: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.how == "transposed":
+            depth = depth.transpose(-1, -2)
+        elif self.how == "mirrored":
+            depth = depth.flip(-1)
+        elif self.how == "gripper":
+            gripper = gripper * 0
+        out: tuple[torch.Tensor, ...] = self.graph(depth, gripper)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("transposed", "image transposed"),
+        ("mirrored", "mirrored left to right"),
+        ("gripper", "gripper channel is dead"),
+    ],
+)
+def test_a_server_refuses_a_wrongly_exported_policy_and_says_why(
+    how: str, said: str, agent: Agent, policy: Path, tmp_path: Path
+) -> None:
+    manifest = load(policy).manifest
+    write(to_onnx(Broken(Graph(agent, SMALL).eval(), how), SMALL), manifest, tmp_path / "broken.onnx")
+    with pytest.raises(PolicyRefused) as refusal:
+        prove(load(tmp_path / "broken.onnx"))
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("how", ["transposed", "mirrored", "gripper"])
+def test_even_where_the_golden_pairs_share_the_mistake(how: str, agent: Agent, policy: Path, tmp_path: Path) -> None:
+    manifest = load(policy).manifest
+    broken = Broken(Graph(agent, SMALL).eval(), how)
+    golden = manifest.golden
+    with torch.no_grad():
+        action = broken(torch.from_numpy(golden.depth)[:, None], torch.from_numpy(golden.gripper)[:, None])[0].numpy()
+    consistent = replace(manifest, golden=replace(golden, action=action))
+    write(to_onnx(broken, SMALL), consistent, tmp_path / "broken.onnx")
+    with pytest.raises(PolicyRefused, match=r"gripper channel is dead|turns against the scene"):
+        prove(load(tmp_path / "broken.onnx"))
+
+
+def test_an_export_that_went_wrong_writes_nothing(
+    agent: Agent, reach: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.export.Graph", lambda a, s: Broken(Graph(a, s), "mirrored"))
+    with pytest.raises(ExportError, match="torch and onnxruntime differ"):
+        export(agent, reach, PROVENANCE, tmp_path / "policy.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_manifest_in_the_file_is_the_one_returned(agent: Agent, reach: Dataset, tmp_path: Path) -> None:
+    returned = export(agent, reach, PROVENANCE, tmp_path / "p.onnx")
+    read = Manifest.from_metadata({p.key: p.value for p in onnx.load(tmp_path / "p.onnx").metadata_props})
+    assert replace(read, golden=returned.golden) == returned
+    np.testing.assert_array_equal(read.golden.action, returned.golden.action)
+
+
+def test_golden_actions_come_from_torch_not_from_the_graph(agent: Agent, policy: Path) -> None:
+    golden = load(policy).manifest.golden
+    with torch.no_grad():
+        ours = agent.actor(
+            State(torch.from_numpy(golden.depth)[:, None], torch.from_numpy(golden.gripper)[:, None])
+        ).mode()
+    np.testing.assert_allclose(SMALL.action.normalize(golden.action), ours, atol=1e-6)

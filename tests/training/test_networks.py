@@ -1,0 +1,179 @@
+"""Equivariance through protos.symmetry, so that no convention can drift between networks, data and server."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from protos.spaces import ACTION, SPEC, ObservationSpec, PolicySpec
+from protos.symmetry import EIGHTH_TURN, QUARTER_TURNS, Element
+from tests.training.conftest import NETWORK, SMALL
+from training.batch import State
+from training.networks.family import EQUIVARIANCE, NetworkConfig, stages
+from training.networks.roles import make_actor, make_critic, make_value
+
+AXES = [(1, 0), (-1, 0), (0, 1), (0, -1)]
+CONVENTIONS = [(r, c) for r, c in itertools.product(AXES, AXES) if np.dot(r, c) == 0]
+EXACT = 1e-5
+
+
+def random_state(spec: PolicySpec, batch: int = 6, seed: int = 0) -> State:
+    rng = torch.Generator().manual_seed(seed)
+    depth = 0.1 + 0.3 * torch.rand(batch, 1, *spec.observation.shape, generator=rng)
+    return State(depth, torch.randint(0, 2, (batch, 1), generator=rng).float())
+
+
+def random_action(spec: PolicySpec, *leading: int, seed: int = 1) -> torch.Tensor:
+    return torch.rand(*leading, spec.action.size, generator=torch.Generator().manual_seed(seed)) - 0.5
+
+
+def turned(state: State, turn: Element, spec: PolicySpec) -> State:
+    return State(torch.from_numpy(turn.image(state.depth.numpy(), spec.observation)), state.gripper)
+
+
+def turned_action(action: torch.Tensor, turn: Element) -> torch.Tensor:
+    return torch.from_numpy(turn.action(action.detach().numpy(), ACTION))
+
+
+def trained_a_little(network: nn.Module, loss: object, updates: int = 20) -> None:
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
+    for _ in range(updates):
+        optimiser.zero_grad()
+        loss().backward()  # type: ignore[operator]
+        optimiser.step()
+
+
+@pytest.mark.parametrize("group", ["C4", "C8", "C16"])
+@pytest.mark.parametrize("updates", [0, 20])
+def test_the_actor_turns_with_the_scene(group: str, updates: int) -> None:
+    actor = make_actor(dataclasses.replace(NETWORK, group=group), SMALL, EQUIVARIANCE["both"])
+    state, action = random_state(SMALL), random_action(SMALL, 6)
+    trained_a_little(actor, lambda: -actor(state).log_prob(action).mean(), updates)
+    before = actor(state)
+    for turn in QUARTER_TURNS:
+        after = actor(turned(state, turn, SMALL))
+        torch.testing.assert_close(after.mode(), turned_action(before.mode(), turn), atol=EXACT, rtol=0)
+        torch.testing.assert_close(after.std(), before.std(), atol=EXACT, rtol=0)
+        likelihoods = after.log_prob(turned_action(action, turn)), before.log_prob(action)
+        torch.testing.assert_close(*likelihoods, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("group", ["C4", "C8"])
+@pytest.mark.parametrize("updates", [0, 20])
+def test_critic_and_value_are_invariant(group: str, updates: int) -> None:
+    cfg = dataclasses.replace(NETWORK, group=group)
+    critic, value = make_critic(cfg, SMALL, EQUIVARIANCE["both"]), make_value(cfg, SMALL, EQUIVARIANCE["both"])
+    state, action = random_state(SMALL), random_action(SMALL, 3, 6)
+    trained_a_little(critic, lambda: (critic(state, action) - 1).square().mean(), updates)
+    trained_a_little(value, lambda: (value(state) - 1).square().mean(), updates)
+    for turn in QUARTER_TURNS:
+        there = turned(state, turn, SMALL)
+        torch.testing.assert_close(
+            critic(there, turned_action(action, turn)), critic(state, action), atol=EXACT, rtol=0
+        )
+        torch.testing.assert_close(value(there), value(state), atol=EXACT, rtol=0)
+
+
+def test_the_critic_is_not_invariant_to_the_action_alone() -> None:
+    critic = make_critic(NETWORK, SMALL, EQUIVARIANCE["both"])
+    state, action = random_state(SMALL), random_action(SMALL, 6)
+    assert (critic(state, turned_action(action, QUARTER_TURNS[0])) - critic(state, action)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("row_axis", "col_axis"), CONVENTIONS)
+def test_every_map_from_pixels_to_the_world_is_obeyed(row_axis: tuple[int, int], col_axis: tuple[int, int]) -> None:
+    spec = PolicySpec(ObservationSpec(height=32, width=32, row_axis=row_axis, col_axis=col_axis), ACTION)
+    actor, critic = (make(NETWORK, spec, EQUIVARIANCE["both"]) for make in (make_actor, make_critic))
+    state, action = random_state(spec), random_action(spec, 6)
+    turn = QUARTER_TURNS[0]
+    there = turned(state, turn, spec)
+    torch.testing.assert_close(actor(there).mode(), turned_action(actor(state).mode(), turn), atol=EXACT, rtol=0)
+    torch.testing.assert_close(critic(there, turned_action(action, turn)), critic(state, action), atol=EXACT, rtol=0)
+
+
+def test_45_degrees_is_approximate_on_a_grid_yet_far_better_than_a_plain_network() -> None:
+    cfg = NetworkConfig(fields=(4, 8, 8, 8, 8), hidden=8)
+    smooth = torch.nn.functional.interpolate(torch.rand(6, 1, 8, 8) * 0.2 + 0.1, size=128, mode="bicubic")
+    state = State(smooth, torch.zeros(6, 1))
+    errors = {}
+    for equivariance in ("both", "none"):
+        actor = make_actor(cfg, SPEC, EQUIVARIANCE[equivariance])
+        before, after = actor(state).mode(), actor(turned(state, EIGHTH_TURN, SPEC)).mode()
+        span = before.std(dim=0).mean()  # relative to how much the untrained network varies at all
+        errors[equivariance] = ((after - turned_action(before, EIGHTH_TURN)).abs().mean() / span).item()
+    assert errors["both"] < 0.5 * errors["none"], errors
+
+
+@pytest.mark.parametrize("make", [make_actor, make_critic, make_value])
+@pytest.mark.parametrize("group", ["C4", "C8"])
+def test_both_families_have_a_like_number_of_parameters(make: object, group: str) -> None:
+    cfg = NetworkConfig(group=group)
+    counts = [
+        sum(p.numel() for p in make(cfg, SPEC, EQUIVARIANCE[e]).parameters())  # type: ignore[operator]
+        for e in ("both", "none")
+    ]
+    assert counts[1] == pytest.approx(counts[0], rel=0.15), counts
+
+
+@pytest.mark.parametrize(
+    ("equivariance", "steerable"),
+    [
+        ("both", (True, True, True)),
+        ("actor", (True, False, False)),
+        ("critic", (False, True, True)),
+        ("none", (False,) * 3),
+    ],
+)
+def test_an_ablation_makes_exactly_the_roles_steerable_that_it_names(
+    equivariance: str, steerable: tuple[bool, ...]
+) -> None:
+    roles = [make(NETWORK, SMALL, EQUIVARIANCE[equivariance]) for make in (make_actor, make_critic, make_value)]
+    built = tuple(any(type(m).__module__.startswith("e2cnn") for m in role.modules()) for role in roles)
+    assert built == steerable
+
+
+@pytest.mark.parametrize("equivariance", ["both", "none"])
+def test_what_is_exported_is_the_same_function_without_e2cnn(equivariance: str) -> None:
+    state = random_state(SMALL)
+    for make in (make_actor, make_value):
+        role = make(NETWORK, SMALL, EQUIVARIANCE[equivariance])
+        trained_a_little(role, lambda role=role: role.heads[0](role.encode(state)).square().mean(), updates=3)
+        exported = role.export()
+        assert not any(type(m).__module__.startswith("e2cnn") for m in exported.modules())
+        torch.testing.assert_close(
+            exported(state.depth, state.gripper), role.heads[0](role.encode(state)), atol=1e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize("equivariance", ["both", "none"])
+def test_actions_scored_together_are_scored_as_one_by_one(equivariance: str) -> None:
+    critic = make_critic(NETWORK, SMALL, EQUIVARIANCE[equivariance])
+    state, actions = random_state(SMALL), random_action(SMALL, 4, 6)
+    together = critic(state, actions)
+    assert together.shape == (2, 4, 6)
+    for one, action in enumerate(actions):
+        torch.testing.assert_close(together[:, one], critic(state, action), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("equivariance", ["both", "none"])
+def test_nothing_outside_the_disc_is_looked_at(equivariance: str) -> None:
+    actor, state = make_actor(NETWORK, SMALL, EQUIVARIANCE[equivariance]), random_state(SMALL)
+    corners = state.depth.clone()
+    corners[..., :3, :3] = 0.5
+    torch.testing.assert_close(actor(State(corners, state.gripper)).mode(), actor(state).mode())
+
+
+def test_images_that_do_not_tile_are_refused_with_the_sizes_that_do() -> None:
+    with pytest.raises(ValueError, match="8 times a power of two"):
+        stages(NetworkConfig(), ObservationSpec(height=96, width=96))
+    with pytest.raises(ValueError, match="takes 5 convolutions"):
+        stages(NetworkConfig(fields=(4, 4)), SPEC.observation)
+
+
+@pytest.mark.parametrize("group", ["D4", "C2", "C6", "rotations"])
+def test_groups_that_are_not_built_are_refused(group: str) -> None:
+    with pytest.raises(ValueError, match="group"):
+        NetworkConfig(group=group)

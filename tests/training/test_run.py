@@ -1,0 +1,145 @@
+"""The training command: budgets, resume, interruption, and errors that say what to do."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.config import parse
+from training.run import Run, _prepare, train
+
+SMALL_RUN = ("--network.fields", "4", "8", "8", "--network.hidden", "8", "--batch-size", "8")
+
+
+def arguments(data: Path, output: Path, *more: str) -> list[str]:
+    return ["--dataset", str(data), "--output", str(output), *SMALL_RUN, *more]
+
+
+def command(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "training.run", *args], capture_output=True, text=True, check=False)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(path / "checkpoint.pt", weights_only=True)["learner"]["agent"]
+    return state
+
+
+@pytest.mark.parametrize("algo", ["bc", "iql"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does_bit_for_bit(
+    algo: str, precision: str, reach_path: Path, tmp_path: Path
+) -> None:
+    options = ("--algo", algo, "--updates", "12", "--precision", precision)
+    train(_prepare(parse(arguments(reach_path, tmp_path / "whole", *options))))
+    config = _prepare(parse(arguments(reach_path, tmp_path / "halves", *options)))
+    first = Run(config)
+    for _ in range(5):
+        first.step()
+    first.save()
+    for _ in range(2):
+        first.step()  # lost when the process is killed
+    train(_prepare(parse(arguments(reach_path, tmp_path / "halves", *options, "--resume"))))
+    whole, halves = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(reach_path: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        train(_prepare(parse(arguments(reach_path, tmp_path / name, "--updates", "3", "--seed", seed))))
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_a_run_leaves_a_policy_its_settings_and_its_curves(reach_path: Path, tmp_path: Path) -> None:
+    done = command(
+        *arguments(reach_path, tmp_path / "run", "--updates", "25", "--equivariance", "actor", "--algo", "iql")
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"policy.onnx", "config.json", "checkpoint.pt", "tensorboard"} == {
+        p.name for p in (tmp_path / "run").iterdir()
+    }
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (settings["equivariance"], settings["updates"], settings["minutes"]) == ("actor", 25, None)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    curves.Reload()
+    assert {"losses/actor", "losses/critic", "losses/value", "values/q", "time/update_ms"} <= set(
+        curves.Tags()["scalars"]
+    )
+
+
+def test_minutes_are_a_budget_too(reach_path: Path, tmp_path: Path) -> None:
+    start = time.perf_counter()
+    run = Run(parse(arguments(reach_path, tmp_path / "run", "--minutes", "0.02")))
+    while run.progress < 1:
+        run.step()
+    assert run.seconds >= 1.2
+    assert time.perf_counter() - start < 60
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(reach_path: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    args = arguments(reach_path, output, "--updates", "100000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training.run", *args, "--checkpoint-s", "0.1"], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (output / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "--resume" in said
+    assert torch.load(output / "checkpoint.pt", weights_only=True)["updates"] > 0
+
+
+def test_errors_say_what_to_do(reach_path: Path, tmp_path: Path) -> None:
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "file").write_text("something")
+    for args, said in (
+        (arguments(tmp_path / "nowhere", tmp_path / "x", "--updates", "1"), "sim_client.collect"),
+        (arguments(reach_path, used, "--updates", "1"), "--resume"),
+        (arguments(reach_path, tmp_path / "y", "--updates", "1", "--resume"), "start it without --resume"),
+        (arguments(reach_path, tmp_path / "z", "--updates", "0"), "must be positive"),
+    ):
+        done = command(*args)
+        assert done.returncode != 0
+        assert said in done.stderr + done.stdout
+        assert "Traceback" not in done.stderr
+
+
+def test_resuming_with_other_data_is_refused(reach_path: Path, tmp_path: Path) -> None:
+    from tests.training.conftest import write_dataset
+
+    output = tmp_path / "run"
+    train(_prepare(parse(arguments(reach_path, output, "--updates", "2"))))
+    other = write_dataset(tmp_path / "other", episodes=5)
+    done = command(*arguments(other, output, "--updates", "2", "--resume"))
+    assert done.returncode == 1
+    assert "resume with the same data" in done.stderr
+
+
+def test_help_teaches_without_loading_e2cnn() -> None:
+    done = command("--help")
+    assert done.returncode == 0
+    for words in ("--dataset", "--equivariance", "--preset", "--resume", "Example"):
+        assert words in done.stdout
+    code = "import sys, training.run; sys.exit('e2cnn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("preset", "batch"), [("cpu", 32), ("paper", 8)])
+def test_presets_are_files_and_flags_override_them(preset: str, batch: int) -> None:
+    plain = parse(["--dataset", "d", "--output", "o", "--preset", preset])
+    assert (plain.preset, plain.batch_size) == (preset, batch)
+    changed = parse(["--dataset", "d", "--output", "o", "--preset", preset, "--batch-size", "5", "--updates", "7"])
+    assert (changed.batch_size, changed.updates, changed.minutes) == (5, 7, None)
+    assert changed.network == plain.network

@@ -46,8 +46,9 @@ class RunConfig:
     """Adam's."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """cosine: the learning rate falls to zero over the budget, the nearer of --minutes and --updates."""
-    augmentation: Literal["so2", "none"] = "so2"
-    """so2: every sampled transition is turned by a random angle. Applies to every --equivariance."""
+    augmentation: Literal["o2", "so2", "none"] = "so2"
+    """so2: every sampled transition is turned by a random angle. o2: and mirrored half of the time, for tasks without
+    a left and a right. Applies to every --equivariance."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of convolutions during training. auto: bf16 where the processor has it, else fp32. Exports are fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

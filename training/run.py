@@ -19,7 +19,7 @@ from training.agents.agent import Agent, Diverged, Learner
 from training.agents.bc import BC
 from training.agents.iql import IQL
 from training.config import RunConfig, parse
-from training.data.augment import random_rotation
+from training.data.augment import randomly
 from training.data.dataset import load
 from training.export import ExportError, Provenance, export
 from training.networks.family import EQUIVARIANCE
@@ -62,8 +62,9 @@ class Run:
         """Sample, augment, update."""
         start = time.perf_counter()
         batch = self.dataset.sample(self.config.batch_size, self.generator)
-        if self.config.augmentation == "so2":
-            batch = random_rotation(batch, self.dataset.spec, self.generator)
+        if self.config.augmentation != "none":
+            reflections = self.config.augmentation == "o2"
+            batch = randomly(batch, self.dataset.spec, self.generator, reflections=reflections)
         rate = 0.5 * (1 + math.cos(math.pi * self.progress)) if self.config.schedule == "cosine" else 1.0
         scalars = self.learner.update(batch, rate * min(1.0, (self.updates + 1) / WARM_UP_UPDATES))
         took = time.perf_counter() - start

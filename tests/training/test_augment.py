@@ -11,7 +11,7 @@ from protos.spaces import ACTION, ObservationSpec, PolicySpec
 from protos.symmetry import Element
 from tests.training.conftest import SMALL
 from training.batch import Batch, State
-from training.data.augment import random_rotation, rotate
+from training.data.augment import randomly, transform
 
 AXES = [(1, 0), (-1, 0), (0, 1), (0, -1)]
 CONVENTIONS = [(r, c) for r, c in itertools.product(AXES, AXES) if np.dot(r, c) == 0]
@@ -32,13 +32,14 @@ def batch_of(spec: PolicySpec, size: int = 5) -> Batch:
 
 
 @pytest.mark.parametrize(("row_axis", "col_axis"), CONVENTIONS)
-@pytest.mark.parametrize("degrees", [90, 180, 270, 45, 200])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270, 45, 200])
 def test_images_and_actions_turn_as_the_contract_says(
-    degrees: int, row_axis: tuple[int, int], col_axis: tuple[int, int]
+    degrees: int, flip: bool, row_axis: tuple[int, int], col_axis: tuple[int, int]
 ) -> None:
     spec = PolicySpec(ObservationSpec(height=32, width=32, row_axis=row_axis, col_axis=col_axis), ACTION)
-    batch, turn = batch_of(spec), Element(math.radians(degrees))
-    after = rotate(batch, torch.full((5,), turn.angle), spec)
+    batch, turn = batch_of(spec), Element(math.radians(degrees), flip)
+    after = transform(batch, torch.full((5,), turn.angle), torch.full((5,), flip), spec)
     np.testing.assert_allclose(after.action, turn.action(batch.action.numpy(), ACTION), atol=1e-6)
     for before, now in ((batch.state, after.state), (batch.next_state, after.next_state)):
         np.testing.assert_allclose(now.depth, turn.image(before.depth.numpy(), spec.observation), atol=2e-3)
@@ -49,7 +50,17 @@ def test_images_and_actions_turn_as_the_contract_says(
 def test_every_sample_gets_an_angle_of_its_own() -> None:
     batch = batch_of(SMALL)
     same = Batch(batch.state, batch.action[:1].expand(5, -1), batch.reward, batch.continues, batch.next_state)
-    after = random_rotation(same, SMALL, torch.Generator().manual_seed(0))
+    after = randomly(same, SMALL, torch.Generator().manual_seed(0), reflections=False)
     planar = after.action[:, ACTION.slice_of("planar")]
     assert len(torch.unique(planar.round(decimals=4), dim=0)) == 5
+    yaw = ACTION.slice_of("yaw")
+    torch.testing.assert_close(after.action[:, yaw], same.action[:, yaw])
     torch.testing.assert_close(planar.norm(dim=1), same.action[:, ACTION.slice_of("planar")].norm(dim=1))
+
+
+def test_o2_mirrors_about_half_of_the_batch() -> None:
+    batch = batch_of(SMALL, size=200)
+    after = randomly(batch, SMALL, torch.Generator().manual_seed(0), reflections=True)
+    yaw = ACTION.slice_of("yaw")
+    mirrored = (after.action[:, yaw] == -batch.action[:, yaw]).float().mean()
+    assert 0.4 < mirrored < 0.6

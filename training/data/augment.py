@@ -1,54 +1,62 @@
-"""SO(2) augmentation of whole batches on their device: every recorded transition counts for all its rotations."""
+"""SO(2) and O(2) augmentation of whole batches on their device: an episode counts for all its rotations."""
 
 import math
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from protos.spaces import Kind, PolicySpec
+from protos.spaces import Kind, ObservationSpec, PolicySpec
 from training.batch import Batch, State
 
 
-def rotate(batch: Batch, angle: Float[Tensor, " B"], spec: PolicySpec) -> Batch:
-    """Turn every transition about +z by its own angle: both images, and every vector of the action.
+def transform(batch: Batch, angle: Float[Tensor, " B"], flip: Bool[Tensor, " B"], spec: PolicySpec) -> Batch:
+    """Apply to every transition its own `protos.symmetry.Element(angle, flip)`: both images and the action.
 
     What turns in from outside a view takes the nearest edge pixel; it lies outside the disc that networks look at.
     """
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    planar = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)  # [B, 2, 2]
+    cos, sin, mirror = torch.cos(angle), torch.sin(angle), 1.0 - 2.0 * flip.to(angle.dtype)
+    planar = _matrices([[cos, -sin * mirror], [sin, cos * mirror]])
     action = batch.action.clone()
     for field in spec.action.fields:
+        place = spec.action.slice_of(field.name)
         if field.kind is Kind.VECTOR:
-            place = spec.action.slice_of(field.name)
             action[:, place] = torch.einsum("bij,bj->bi", planar, batch.action[:, place])
-    grid = _grid(cos, sin * spec.observation.handedness, batch.state.depth.shape)
-    turned = F.grid_sample(
-        torch.cat([batch.state.depth, batch.next_state.depth], dim=1),
-        grid,
-        mode="bilinear",
-        padding_mode="border",
-        align_corners=False,
-    )
-    now, then = turned[:, :1], turned[:, 1:]
+        elif field.kind is Kind.PSEUDOSCALAR:
+            action[:, place] *= mirror[:, None]
+    depth = torch.cat([batch.state.depth, batch.next_state.depth], dim=1)
+    grid = _grid(cos, sin, mirror, spec.observation, depth.shape)
+    moved = F.grid_sample(depth, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return replace(
         batch,
-        state=State(now, batch.state.gripper),
+        state=State(moved[:, :1], batch.state.gripper),
         action=action,
-        next_state=State(then, batch.next_state.gripper),
+        next_state=State(moved[:, 1:], batch.next_state.gripper),
     )
 
 
-def random_rotation(batch: Batch, spec: PolicySpec, generator: torch.Generator) -> Batch:
-    """`rotate` by angles uniform over the full circle."""
-    angle = 2 * math.pi * torch.rand(len(batch.action), generator=generator, device=generator.device)
-    return rotate(batch, angle.to(batch.action.device), spec)
+def randomly(batch: Batch, spec: PolicySpec, generator: torch.Generator, *, reflections: bool) -> Batch:
+    """`transform` by angles uniform over the circle and, with `reflections`, mirrored half of the time."""
+    size, device = len(batch.action), generator.device
+    angle = 2 * math.pi * torch.rand(size, generator=generator, device=device)
+    flip = torch.rand(size, generator=generator, device=device) < (0.5 if reflections else 0.0)
+    to = batch.action.device
+    return transform(batch, angle.to(to), flip.to(to), spec)
 
 
-def _grid(cos: Tensor, sin: Tensor, shape: torch.Size) -> Float[Tensor, "B H W 2"]:
-    """Where each pixel of an image turned counter-clockwise, as displayed, looks up; x is right and y is down."""
-    zero = torch.zeros_like(cos)
-    inverse = torch.stack([torch.stack([cos, -sin, zero], -1), torch.stack([sin, cos, zero], -1)], -2)
-    return F.affine_grid(inverse, list(shape), align_corners=False)
+def _grid(
+    cos: Tensor, sin: Tensor, mirror: Tensor, spec: ObservationSpec, shape: torch.Size
+) -> Float[Tensor, "B H W 2"]:
+    """Where each pixel of the moved image looks up: the turn undone, then the reflection. x is right and y is down."""
+    sin, zero = sin * spec.handedness, torch.zeros_like(cos)
+    rows = [[cos, -sin, zero], [sin, cos, zero]]
+    along = 0 if spec.col_axis[1] else 1  # the image axis on which world y lies
+    rows[along] = [mirror * entry for entry in rows[along]]
+    return F.affine_grid(_matrices(rows), list(shape), align_corners=False)
+
+
+def _matrices(rows: list[list[Tensor]]) -> Tensor:
+    """[B] entries -> [B, rows, columns]."""
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)

@@ -26,7 +26,7 @@ from training.networks.distribution import SquashedGaussian
 
 OPSET = 20
 PARITY_BOUND = 1e-5
-"""Largest difference between torch and onnxruntime, normalised units."""
+"""Largest difference between torch and onnxruntime in any output, normalised units."""
 SYMMETRY_BOUND = 1e-4
 """Largest error of an equivariant actor under quarter turns, normalised units; a larger one is a bug, not noise."""
 RANDOM_OBSERVATIONS, REAL_OBSERVATIONS, GOLDEN_SCENES = 256, 64, 4
@@ -166,10 +166,30 @@ def _real_observations(dataset: Dataset, rng: np.random.Generator) -> State:
 
 
 def _require_parity(agent: Agent, session: onnxruntime.InferenceSession, state: State, kind: str) -> None:
-    ours = torch.cat([agent.actor(part).mode() for part in _parts(state)]).numpy()
-    difference = float(np.abs(ours - _normalized(session, state)).max())
-    if not difference <= PARITY_BOUND:
-        raise ExportError(f"torch and onnxruntime differ by {difference:.3g} of a range on {kind} observations")
+    """Compare every output of the graph with the agent itself, not with the module that the graph was traced from."""
+    for part in _parts(state):
+        theirs = dict(zip((o.name for o in session.get_outputs()), session.run(None, _feed(part)), strict=True))
+        for name, (expected, unit) in _answers(agent, part).items():
+            difference = float(np.max(np.abs(expected - theirs[name]) / unit))
+            if not difference <= PARITY_BOUND:  # so, NaN is refused too
+                raise ExportError(
+                    f"torch and onnxruntime differ by {difference:.3g} of a range in {name} on {kind} observations"
+                )
+
+
+def _answers(agent: Agent, state: State) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """What the agent says, and the size of one normalised unit, by the name of the output."""
+    pi, spec = agent.actor(state), agent.actor.spec.action
+    normalized, one = pi.mode().numpy(), np.ones(1, np.float32)
+    answers = {
+        "action": (np.asarray(spec.denormalize(normalized), np.float32), spec.scale),
+        "normalized_action": (normalized, one),
+        "std": (pi.std().numpy() * spec.scale, spec.scale),
+    }
+    if agent.value_function is not None:
+        value = agent.value_function(state).numpy()
+        answers[VALUE_OUTPUT] = (value, np.maximum(1.0, np.abs(value)))  # returns have no range of their own
+    return answers
 
 
 def _equivariance_error(
@@ -177,11 +197,11 @@ def _equivariance_error(
 ) -> float:
     """max |pi(g s) - rho(g) pi(s)| of the graph that will be served, in normalised units."""
     before = _normalized(session, state)
-    errors = [0.0]
+    errors = []
     for turn in turns:
         turned = State(torch.from_numpy(turn.image(state.depth.numpy(), spec.observation)), state.gripper)
-        errors.append(float(np.abs(_normalized(session, turned) - turn.action(before, spec.action)).max()))
-    return max(errors)
+        errors.append(np.abs(_normalized(session, turned) - turn.action(before, spec.action)).max())
+    return float(np.max(errors))  # unlike max, NaN if any is
 
 
 def _golden(agent: Agent, real: State, spec: PolicySpec) -> Golden:
@@ -195,8 +215,11 @@ def _golden(agent: Agent, real: State, spec: PolicySpec) -> Golden:
 
 def _normalized(session: onnxruntime.InferenceSession, state: State) -> NDArray[np.float32]:
     name = OUTPUTS[1]
-    feeds = [dict(zip(INPUTS, (p.depth.numpy(), p.gripper.numpy()), strict=True)) for p in _parts(state)]
-    return np.concatenate([session.run([name], feed)[0] for feed in feeds])
+    return np.concatenate([session.run([name], _feed(part))[0] for part in _parts(state)])
+
+
+def _feed(state: State) -> dict[str, NDArray[np.float32]]:
+    return dict(zip(INPUTS, (state.depth.numpy(), state.gripper.numpy()), strict=True))
 
 
 def _parts(state: State, size: int = 32) -> list[State]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from protos.manifest import INPUTS, OUTPUTS, Manifest
+from protos.manifest import INPUTS, OUTPUTS, VALUE_OUTPUT, Manifest
 from protos.spaces import Observation
 from protos.symmetry import QUARTER_TURNS
 from serving.errors import PolicyRefused
@@ -114,11 +114,11 @@ def test_a_plain_policy_makes_no_claim_of_symmetry_and_is_served(reach: Dataset,
 
 
 class Broken(nn.Module):
-    """A graph whose inputs were mixed up on the way."""
+    """A graph whose inputs were mixed up on the way. (No attribute may be called `graph`: torch.export has its own.)"""
 
     def __init__(self, graph: Graph, how: str) -> None:
         super().__init__()
-        self.graph, self.how = graph, how
+        self.whole, self.how = graph, how
 
     def forward(self, depth: torch.Tensor, gripper: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.how == "transposed":
@@ -127,7 +127,7 @@ class Broken(nn.Module):
             depth = depth.flip(-1)
         elif self.how == "gripper":
             gripper = gripper * 0
-        out: tuple[torch.Tensor, ...] = self.graph(depth, gripper)
+        out: tuple[torch.Tensor, ...] = self.whole(depth, gripper)
         return out
 
 
@@ -169,6 +169,48 @@ def test_an_export_that_went_wrong_writes_nothing(
     with pytest.raises(ExportError, match="torch and onnxruntime differ"):
         export(agent, reach, PROVENANCE, tmp_path / "policy.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+class Skewed(nn.Module):
+    """A graph one of whose outputs is off by a little."""
+
+    def __init__(self, graph: Graph, output: int) -> None:
+        super().__init__()
+        self.whole, self.output = graph, output
+
+    def forward(self, depth: torch.Tensor, gripper: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = list(self.whole(depth, gripper))
+        out[self.output] = out[self.output] + 1e-3
+        return tuple(out)
+
+
+@pytest.mark.parametrize("output", [*OUTPUTS, VALUE_OUTPUT])
+def test_an_error_in_any_output_is_found(
+    output: str, reach: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iql = IQL(NETWORK, SMALL, EQUIVARIANCE["both"], IQLConfig())
+    which = [*OUTPUTS, VALUE_OUTPUT].index(output)
+    monkeypatch.setattr("training.export.Graph", lambda a, s: Skewed(Graph(a, s), which))
+    with pytest.raises(ExportError, match=f"in {output} on random"):
+        export(iql, reach, replace(PROVENANCE, algorithm="iql"), tmp_path / "policy.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_actor_that_lost_its_symmetry_is_not_exported(
+    reach: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = BC(NETWORK, SMALL, EQUIVARIANCE["none"], BCConfig())
+    monkeypatch.setattr(plain.actor, "steerable", True)
+    with pytest.raises(ExportError, match="under quarter turns"):
+        export(plain, reach, PROVENANCE, tmp_path / "policy.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dihedral_policy_is_served(reach: Dataset, tmp_path: Path) -> None:
+    agent = BC(replace(NETWORK, group="D4"), SMALL, EQUIVARIANCE["both"], BCConfig())
+    manifest = export(agent, reach, replace(PROVENANCE, group="D4"), tmp_path / "policy.onnx")
+    assert manifest.equivariance_error_90 <= 1e-4
+    assert prove(load(tmp_path / "policy.onnx")).manifest.group == "D4"
 
 
 def test_the_manifest_in_the_file_is_the_one_returned(agent: Agent, reach: Dataset, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def trained_a_little(network: nn.Module, loss: object, updates: int = 20) -> Non
         optimiser.step()
 
 
-@pytest.mark.parametrize("group", ["C4", "C8", "C16"])
+@pytest.mark.parametrize("group", ["C4", "C8", "C16", "D4"])
 @pytest.mark.parametrize("updates", [0, 20])
 def test_the_actor_turns_with_the_scene(group: str, updates: int) -> None:
     actor = make_actor(dataclasses.replace(NETWORK, group=group), SMALL, EQUIVARIANCE["both"])
@@ -61,7 +62,7 @@ def test_the_actor_turns_with_the_scene(group: str, updates: int) -> None:
         torch.testing.assert_close(*likelihoods, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("group", ["C4", "C8"])
+@pytest.mark.parametrize("group", ["C4", "C8", "D4"])
 @pytest.mark.parametrize("updates", [0, 20])
 def test_critic_and_value_are_invariant(group: str, updates: int) -> None:
     cfg = dataclasses.replace(NETWORK, group=group)
@@ -81,6 +82,22 @@ def test_the_critic_is_not_invariant_to_the_action_alone() -> None:
     critic = make_critic(NETWORK, SMALL, EQUIVARIANCE["both"])
     state, action = random_state(SMALL), random_action(SMALL, 6)
     assert (critic(state, turned_action(action, QUARTER_TURNS[0])) - critic(state, action)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("row_axis", "col_axis"), CONVENTIONS)
+@pytest.mark.parametrize("angle", [0.0, math.pi / 2])
+def test_under_a_dihedral_group_yaw_changes_sign_in_the_mirror(
+    angle: float, row_axis: tuple[int, int], col_axis: tuple[int, int]
+) -> None:
+    spec = PolicySpec(ObservationSpec(height=32, width=32, row_axis=row_axis, col_axis=col_axis), ACTION)
+    cfg = dataclasses.replace(NETWORK, group="D4")
+    actor, critic, value = (make(cfg, spec, EQUIVARIANCE["both"]) for make in (make_actor, make_critic, make_value))
+    state, action, mirror = random_state(spec), random_action(spec, 6), Element(angle, flip=True)
+    there = turned(state, mirror, spec)
+    assert actor(state).mode()[:, ACTION.slice_of("yaw")].abs().min() > 1e-4, "a yaw of zero would prove nothing"
+    torch.testing.assert_close(actor(there).mode(), turned_action(actor(state).mode(), mirror), atol=EXACT, rtol=0)
+    torch.testing.assert_close(critic(there, turned_action(action, mirror)), critic(state, action), atol=EXACT, rtol=0)
+    torch.testing.assert_close(value(there), value(state), atol=EXACT, rtol=0)
 
 
 @pytest.mark.parametrize(("row_axis", "col_axis"), CONVENTIONS)
@@ -108,7 +125,7 @@ def test_45_degrees_is_approximate_on_a_grid_yet_far_better_than_a_plain_network
 
 
 @pytest.mark.parametrize("make", [make_actor, make_critic, make_value])
-@pytest.mark.parametrize("group", ["C4", "C8"])
+@pytest.mark.parametrize("group", ["C4", "C8", "D4"])
 def test_both_families_have_a_like_number_of_parameters(make: object, group: str) -> None:
     cfg = NetworkConfig(group=group)
     counts = [
@@ -116,6 +133,17 @@ def test_both_families_have_a_like_number_of_parameters(make: object, group: str
         for e in ("both", "none")
     ]
     assert counts[1] == pytest.approx(counts[0], rel=0.15), counts
+
+
+def test_a_second_network_starts_with_the_weights_that_e2cnn_itself_would_draw() -> None:
+    from e2cnn import nn as enn
+
+    make_actor(NETWORK, SMALL, EQUIVARIANCE["both"])  # fills the cache of variances
+    torch.manual_seed(5)
+    ours = next(m for m in make_actor(NETWORK, SMALL, EQUIVARIANCE["both"]).modules() if isinstance(m, enn.R2Conv))
+    torch.manual_seed(5)
+    theirs = enn.R2Conv(ours.in_type, ours.out_type, ours.kernel_size, padding=ours.padding)
+    torch.testing.assert_close(ours.weights, theirs.weights, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +201,7 @@ def test_images_that_do_not_tile_are_refused_with_the_sizes_that_do() -> None:
         stages(NetworkConfig(fields=(4, 4)), SPEC.observation)
 
 
-@pytest.mark.parametrize("group", ["D4", "C2", "C6", "rotations"])
-def test_groups_that_are_not_built_are_refused(group: str) -> None:
+@pytest.mark.parametrize("group", ["C2", "C6", "D2", "D6", "rotations"])
+def test_groups_without_quarter_turns_are_refused(group: str) -> None:
     with pytest.raises(ValueError, match="group"):
         NetworkConfig(group=group)

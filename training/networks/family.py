@@ -30,7 +30,7 @@ class NetworkConfig:
     """Sizes of every network. A plain one gets as many channels as make its parameter count like a steerable one."""
 
     group: str = "C8"
-    """The rotations that steerable networks are built for: C4, C8 or C16."""
+    """What steerable networks are built for: rotations, C4, C8 or C16, or rotations and reflections, D4, D8."""
     fields: tuple[int, ...] = (4, 12, 24, 32, 48)
     """Regular fields after each convolution of the encoder; one field is as many channels as the group has elements."""
     hidden: int = 48
@@ -40,8 +40,8 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         group = Group.parse(self.group)
-        if group.reflections or group.order < 4 or group.order % 4:
-            raise ValueError(f"group must be C4, C8, C12, C16, ..., got {self.group}: reflections are not built yet")
+        if group.order % 4:  # the server proves quarter turns
+            raise ValueError(f"group must hold the quarter turns: C4, C8, C16, D4, D8, ..., got {self.group}")
         if min(self.fields, default=0) < 1 or self.hidden < 1 or self.pool < 1:
             raise ValueError(f"fields, hidden and pool must be positive, got {self.fields}, {self.hidden}, {self.pool}")
 

@@ -6,11 +6,13 @@ The body maps regular fields to regular fields with pointwise nonlinearities, wh
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import e2cnn.nn as enn
 import numpy as np
 import torch
 from e2cnn import gspaces
+from e2cnn.nn.init import _generalized_he_init_variances
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,6 +22,9 @@ from training.networks.e2cnn_compat import mend
 from training.networks.family import NetworkConfig, stages
 
 mend()
+
+_SPREADS: dict[tuple[enn.FieldType, enn.FieldType, int], Tensor] = {}
+"""The initial spread of every weight of a convolution, by input, output and size; two thirds of the time to build."""
 
 
 class Encoder(nn.Module):
@@ -32,7 +37,7 @@ class Encoder(nn.Module):
         layers: list[enn.EquivariantModule] = []
         for stage in stages(cfg, spec):
             wider = _regular(space, stage.fields)
-            layers += [enn.R2Conv(current, wider, 3, padding=stage.padding), enn.ReLU(wider)]
+            layers += [_conv(current, wider, 3, padding=stage.padding), enn.ReLU(wider)]
             if stage.pool:
                 layers.append(enn.PointwiseMaxPool(wider, 2))
             current = wider
@@ -62,13 +67,13 @@ class Head(nn.Module):
         space = _space(cfg.group)
         self._features = _regular(space, cfg.fields[-1])
         hidden = _regular(space, cfg.hidden)
-        self.from_features = enn.R2Conv(self._features, hidden, 1)
+        self.from_features = _conv(self._features, hidden, 1)
         self._given = _type(space, given) if given else None
-        self.from_given = enn.R2Conv(self._given, hidden, 1, bias=False) if given else None
+        self.from_given = _conv(self._given, hidden, 1, bias=False) if given else None
         self.relu = enn.ReLU(hidden)
         invariant = all(kind is Kind.SCALAR for kind in predict)
         self.pool = enn.GroupPooling(hidden) if invariant else None
-        self.last = enn.R2Conv(self.pool.out_type if self.pool else hidden, _type(space, predict), 1)
+        self.last = _conv(self.pool.out_type if self.pool else hidden, _type(space, predict), 1)
         self.register_buffer("_given_to_display", _to_display(spec, given), persistent=False)
         self.register_buffer("_display_to_world", _to_display(spec, predict).T, persistent=False)
 
@@ -88,16 +93,32 @@ class Head(nn.Module):
         return (predicted @ self._display_to_world.T).unflatten(0, leading)
 
     def export(self) -> nn.Module:
-        layers = [self.from_features, self.relu, *([self.pool] if self.pool is not None else []), self.last]
+        pool = [] if self.pool is None else [_MaxOfFields(self.pool.in_type.representations[0].size)]
         turn = nn.Linear(len(self._display_to_world), len(self._display_to_world), bias=False)
         turn.weight.data = self._display_to_world.clone()
-        points = [nn.Unflatten(1, (self._features.size, 1, 1)), *map(_exported, layers), nn.Flatten(1)]
+        hidden = [_exported(self.from_features), _exported(self.relu), *pool]
+        points = [nn.Unflatten(1, (self._features.size, 1, 1)), *hidden, _exported(self.last), nn.Flatten(1)]
         return nn.Sequential(*points, turn)
+
+
+class _MaxOfFields(nn.Module):
+    """What group pooling is, [B, fields * size, 1, 1] -> [B, fields, 1, 1]; e2cnn exports it as a module of its own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
+
+    def forward(self, channels: Float[Tensor, "B C 1 1"]) -> Float[Tensor, "B fields 1 1"]:
+        return channels.unflatten(1, (-1, self._size)).amax(dim=2)
 
 
 @functools.cache
 def _space(group: str) -> gspaces.GSpace:
-    return gspaces.Rot2dOnR2(Group.parse(group).order)
+    parsed = Group.parse(group)
+    if parsed.reflections:
+        # About the displayed x axis, as e2cnn's irrep (1, 1) has it: about another, that irrep is in a turned frame.
+        return gspaces.FlipRot2dOnR2(parsed.order, axis=0.0)
+    return gspaces.Rot2dOnR2(parsed.order)
 
 
 def _regular(space: gspaces.GSpace, fields: int) -> enn.FieldType:
@@ -106,7 +127,22 @@ def _regular(space: gspaces.GSpace, fields: int) -> enn.FieldType:
 
 def _type(space: gspaces.GSpace, kinds: Sequence[Kind]) -> enn.FieldType:
     """Vectors are irrep 1. Under rotations alone a pseudoscalar is as invariant as a scalar."""
-    return enn.FieldType(space, [space.irrep(1) if kind is Kind.VECTOR else space.trivial_repr for kind in kinds])
+    if isinstance(space, gspaces.FlipRot2dOnR2):  # irreps of D_N: (whether a reflection shows, frequency)
+        vector, pseudoscalar = space.irrep(1, 1), space.irrep(1, 0)
+    else:
+        vector, pseudoscalar = space.irrep(1), space.trivial_repr
+    irreps = {Kind.SCALAR: space.trivial_repr, Kind.VECTOR: vector, Kind.PSEUDOSCALAR: pseudoscalar}
+    return enn.FieldType(space, [irreps[kind] for kind in kinds])
+
+
+def _conv(of: enn.FieldType, to: enn.FieldType, size: int, **options: Any) -> enn.R2Conv:
+    """An R2Conv with e2cnn's own initialisation, computed once for layers that are alike."""
+    conv = enn.R2Conv(of, to, size, initialize=False, **options)
+    # Not e2cnn's cache: its key hashes the basis by ndarray.tostring, which numpy 2.3 removed.
+    if (of, to, size) not in _SPREADS:
+        _SPREADS[of, to, size] = _generalized_he_init_variances(conv.basisexpansion)
+    conv.weights.data = _SPREADS[of, to, size] * torch.randn_like(conv.weights)
+    return conv
 
 
 def _to_display(spec: ObservationSpec, kinds: Sequence[Kind]) -> Tensor:

@@ -1,19 +1,25 @@
 """One run of training as a frozen dataclass. Presets are YAML files beside this one; every value has a flag."""
 
 import argparse
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import tyro
 import yaml
 
+from protos.errors import Rejected
 from training.agents.bc import BCConfig
 from training.agents.iql import IQLConfig
 from training.networks.family import NetworkConfig
 
 Preset = Literal["cpu", "paper"]
 PRESETS = Path(__file__).parent / "presets"
+SETTINGS = "config.json"
+"""The settings of a run, in its output directory."""
+ANEW = frozenset({"dataset", "output", "minutes", "updates", "device", "threads", "checkpoint_s", "resume"})
+"""What may differ when a run is resumed: where things lie, how long and on what it runs. The rest makes another run."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ class RunConfig:
     failures: Literal["auto", "keep", "drop"] = "auto"
     """Episodes that never succeed. auto: bc drops them, iql keeps them."""
     resume: bool = False
-    """Continue the run in --output from its last checkpoint, with the settings that it was started with."""
+    """Continue the run in --output from its last checkpoint, with the settings that it was started with; only the
+    budget, the device, --threads, --checkpoint-s and the place of --dataset may be given anew."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     bc: BCConfig = field(default_factory=BCConfig)
     iql: IQLConfig = field(default_factory=IQLConfig)
@@ -79,24 +86,63 @@ class RunConfig:
 
 
 def parse(argv: list[str]) -> RunConfig:
-    """The command line over its preset. Exits with the usage on unknown flags; raises ValueError on bad values."""
-    values = _preset(argv)
-    # A budget on the command line replaces the preset's, whichever kind that is.
+    """The command line over its preset or, with --resume, over the settings of the run that it continues.
+
+    Exits with the usage on unknown flags.
+
+    Raises:
+        ValueError: on values out of range; as Rejected, when there is no run to resume, or a flag would change it.
+    """
+    # These three decide on the defaults of all other flags.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="cpu")
+    first.add_argument("--output", type=Path)
+    first.add_argument("--resume", action="store_true")
+    known = first.parse_known_args(argv)[0]
+    resumed = known.resume and known.output is not None
+    defaults = _recorded(known.output) if resumed else _preset(known.preset)
+    given = defaults
+    # A budget on the command line replaces the one there was, whichever kind that is.
     if any(argument.startswith(("--minutes", "--updates")) for argument in argv):
-        values |= {"minutes": None, "updates": None}
-    defaults = RunConfig(dataset=tyro.MISSING, output=tyro.MISSING, **values)
-    return tyro.cli(
-        RunConfig, args=argv, default=defaults, prog="python -m training.run", description=RunConfig.__doc__
-    )
+        given = replace(defaults, minutes=None, updates=None)
+    config = tyro.cli(RunConfig, args=argv, default=given, prog="python -m training.run", description=RunConfig.__doc__)
+    if resumed:
+        _require_same(defaults, config)
+    return config
 
 
-def _preset(argv: list[str]) -> dict[str, Any]:
-    """The values of the preset that `argv` names. It is needed before the other flags can be given their defaults."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default="cpu")
-    name = parser.parse_known_args(argv)[0].preset
+def _preset(name: str) -> RunConfig:
     if name not in get_args(Preset):
         name = "cpu"  # tyro will refuse the other, with the usage
     values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
-    network = values.pop("network")
-    return values | {"preset": name, "network": NetworkConfig(**network | {"fields": tuple(network["fields"])})}
+    return RunConfig(**_typed({"dataset": tyro.MISSING, "output": tyro.MISSING, "preset": name} | values))
+
+
+def _recorded(output: Path) -> RunConfig:
+    path = output / SETTINGS
+    if not path.exists():
+        raise Rejected("--resume", f"a run in {output}", "none", "start it without --resume")
+    try:
+        return RunConfig(**_typed(json.loads(path.read_text()) | {"output": output, "resume": False}))
+    except (TypeError, ValueError, KeyError) as error:
+        raise Rejected(str(path), "the settings of a run of this version", repr(error), "start a new run") from error
+
+
+def _typed(values: dict[str, Any]) -> dict[str, Any]:
+    """What YAML and JSON hold, as the types of RunConfig's fields."""
+    nested = {"network": NetworkConfig, "bc": BCConfig, "iql": IQLConfig}
+    typed = dict(values)
+    for name, made in nested.items():
+        if name in values:
+            typed[name] = made(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()})
+    if isinstance(values["dataset"], str):
+        typed["dataset"] = Path(values["dataset"])
+    return typed
+
+
+def _require_same(recorded: RunConfig, given: RunConfig) -> None:
+    for name in (f.name for f in fields(RunConfig) if f.name not in ANEW):
+        old, new = getattr(recorded, name), getattr(given, name)
+        if old != new:
+            flag = f"--{name.replace('_', '-')}"
+            raise Rejected(flag, f"{old}, as the run was started", str(new), "start a new run for other settings")

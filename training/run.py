@@ -1,11 +1,16 @@
 """The command that turns a dataset into a policy: `python -m training.run --help`."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import math
+import shlex
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,7 @@ from protos.files import write_atomically
 from training.agents.agent import Agent, Diverged, Learner
 from training.agents.bc import BC
 from training.agents.iql import IQL
-from training.config import RunConfig, parse
+from training.config import SETTINGS, RunConfig, parse
 from training.data.augment import randomly
 from training.data.dataset import load
 from training.export import ExportError, Provenance, export
@@ -27,7 +32,7 @@ from training.networks.family import EQUIVARIANCE
 AGENTS: dict[str, Any] = {"bc": BC, "iql": IQL}
 WARM_UP_UPDATES = 20
 LOG_EVERY = 20
-CHECKPOINT, SETTINGS, POLICY = "checkpoint.pt", "config.json", "policy.onnx"
+CHECKPOINT, POLICY = "checkpoint.pt", "policy.onnx"
 
 
 class Run:
@@ -102,19 +107,26 @@ class Run:
 
 
 def train(config: RunConfig) -> Path:
-    """Train until the budget is used, then export; returns the path of policy.onnx."""
+    """Train until the budget is used, then export; returns the path of policy.onnx.
+
+    Raises:
+        Rejected: on a dataset, a network or an output directory that does not fit; nothing has been written then.
+        KeyboardInterrupt: on Ctrl-C, with a checkpoint saved.
+    """
+    if not config.resume and config.output.exists() and any(config.output.iterdir()):
+        raise Rejected("--output", "a new or empty directory", str(config.output), "choose another, or add --resume")
     if config.threads:
         torch.set_num_threads(config.threads)
     run = Run(config)
     if config.resume:
         run.restore()
+    _record(config)  # only now is the directory taken: a mistyped flag must not take it
     _describe(run)
-    try:
-        _loop(run)
-    except KeyboardInterrupt:
-        run.save()
-        raise
+    with _interrupt_noted() as stop:
+        _loop(run, stop)
     run.save()
+    if stop.is_set():
+        raise KeyboardInterrupt
     provenance = Provenance(config.algo, config.equivariance, config.network.group, config.seed, run.updates)
     path = config.output / POLICY
     manifest = export(run.learner.agent, run.dataset, provenance, path)
@@ -125,10 +137,29 @@ def train(config: RunConfig) -> Path:
     return path
 
 
-def _loop(run: Run) -> None:
+@contextlib.contextmanager
+def _interrupt_noted() -> Iterator[threading.Event]:
+    """Note Ctrl-C for the loop: between updates the state is whole, within one it is half old and half new.
+
+    A second Ctrl-C stops at once.
+    """
+    stop = threading.Event()
+
+    def note(*_: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _loop(run: Run, stop: threading.Event) -> None:
     saved = run.seconds
     with SummaryWriter(str(run.config.output / "tensorboard"), purge_step=run.updates) as log, _bar() as bar:
-        while run.progress < 1:
+        while run.progress < 1 and not stop.is_set():
             scalars = run.step()
             bar.n = round(100 * run.progress, 1)
             if run.updates % LOG_EVERY == 0 or run.progress >= 1:
@@ -182,27 +213,9 @@ def _bf16(precision: str, device: torch.device) -> bool:
     return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
-def _prepare(config: RunConfig) -> RunConfig:
-    """Claim the output directory; with --resume, take the settings that are recorded in it."""
-    settings = config.output / SETTINGS
-    if config.resume:
-        if not settings.exists():
-            raise Rejected("--resume", f"a run in {config.output}", "none", "start it without --resume")
-        return _recorded(settings, config)
-    if config.output.exists() and any(config.output.iterdir()):
-        raise Rejected("--output", "a new or empty directory", str(config.output), "choose another, or add --resume")
-    write_atomically(settings, json.dumps(dataclasses.asdict(config), indent=2, default=str).encode())
-    return config
-
-
-def _recorded(settings: Path, config: RunConfig) -> RunConfig:
-    recorded = json.loads(settings.read_text())
-    for name in ("network", "bc", "iql"):
-        made = type(getattr(config, name))
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in recorded[name].items()}
-        recorded[name] = made(**values)
-    recorded |= {"dataset": config.dataset, "output": config.output, "resume": True}
-    return RunConfig(**recorded)
+def _record(config: RunConfig) -> None:
+    text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
+    write_atomically(config.output / SETTINGS, text.encode())
 
 
 def main() -> int:
@@ -212,12 +225,14 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     try:
-        train(_prepare(config))
+        train(config)
     except (Rejected, Diverged, ExportError) as error:
         print(f"training stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted; --resume --output {config.output} continues from here", file=sys.stderr)
+        how = f"python -m training.run --resume --output {shlex.quote(str(config.output))}"
+        saved = (config.output / CHECKPOINT).exists()
+        print(f"\ninterrupted{f'; continue with: {how}' if saved else ' before the first update'}", file=sys.stderr)
         return 130
     return 0
 

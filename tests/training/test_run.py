@@ -1,17 +1,21 @@
 """The training command: budgets, resume, interruption, and errors that say what to do."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from protos.errors import Rejected
+from training.agents.bc import BC
 from training.config import parse
-from training.run import Run, _prepare, train
+from training.run import Run, _record, train
 
 SMALL_RUN = ("--network.fields", "4", "8", "8", "--network.hidden", "8", "--batch-size", "8")
 
@@ -35,22 +39,68 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does_bit_for_bit(
     algo: str, precision: str, reach_path: Path, tmp_path: Path
 ) -> None:
     options = ("--algo", algo, "--updates", "12", "--precision", precision)
-    train(_prepare(parse(arguments(reach_path, tmp_path / "whole", *options))))
-    config = _prepare(parse(arguments(reach_path, tmp_path / "halves", *options)))
+    train(parse(arguments(reach_path, tmp_path / "whole", *options)))
+    config = parse(arguments(reach_path, tmp_path / "halves", *options))
+    _record(config)
     first = Run(config)
     for _ in range(5):
         first.step()
     first.save()
     for _ in range(2):
         first.step()  # lost when the process is killed
-    train(_prepare(parse(arguments(reach_path, tmp_path / "halves", *options, "--resume"))))
+    train(parse(arguments(reach_path, tmp_path / "halves", *options, "--resume")))
     whole, halves = weights(tmp_path / "whole"), weights(tmp_path / "halves")
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
+def test_ctrl_c_in_the_middle_of_an_update_lets_it_finish(
+    reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--updates", "6")
+    train(parse(arguments(reach_path, tmp_path / "whole", *options)))
+    follow = BC.follow  # runs inside an update
+
+    def interrupted(agent: BC) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        follow(agent)
+
+    monkeypatch.setattr(BC, "follow", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(parse(arguments(reach_path, tmp_path / "halves", *options)))
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "halves" / "checkpoint.pt", weights_only=True)["updates"] == 1
+    train(parse(["--resume", "--output", str(tmp_path / "halves")]))
+    whole, halves = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_resuming_keeps_the_run_s_settings_but_may_extend_its_budget(reach_path: Path, tmp_path: Path) -> None:
+    first = parse(arguments(reach_path, tmp_path, "--updates", "3", "--learning-rate", "0.01", "--algo", "iql"))
+    _record(first)
+    resumed = parse(["--resume", "--output", str(tmp_path), "--minutes", "2"])
+    assert resumed == replace(first, resume=True, minutes=2.0, updates=None)
+
+
+@pytest.mark.parametrize("flags", [("--learning-rate", "0.5"), ("--algo", "iql"), ("--network.hidden", "9")])
+def test_resuming_with_other_settings_is_refused(flags: tuple[str, str], reach_path: Path, tmp_path: Path) -> None:
+    _record(parse(arguments(reach_path, tmp_path, "--updates", "3")))
+    with pytest.raises(Rejected, match="as the run was started"):
+        parse(["--resume", "--output", str(tmp_path), *flags])
+
+
+def test_a_run_that_could_not_start_leaves_its_output_free(reach_path: Path, tmp_path: Path) -> None:
+    for wrong in (
+        arguments(tmp_path / "mistyped", tmp_path / "out", "--updates", "1"),
+        arguments(reach_path, tmp_path / "out", "--updates", "1", "--network.pool", "1"),
+    ):
+        with pytest.raises(Rejected):
+            train(parse(wrong))
+        assert not (tmp_path / "out").exists()
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(reach_path: Path, tmp_path: Path) -> None:
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        train(_prepare(parse(arguments(reach_path, tmp_path / name, "--updates", "3", "--seed", seed))))
+        train(parse(arguments(reach_path, tmp_path / name, "--updates", "3", "--seed", seed)))
     a, b, c = (weights(tmp_path / name) for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)
@@ -96,7 +146,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(reach_path: Path, tmp_path: Path) ->
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "--resume" in said
+    assert f"python -m training.run --resume --output {output}" in said
     assert torch.load(output / "checkpoint.pt", weights_only=True)["updates"] > 0
 
 
@@ -120,7 +170,7 @@ def test_resuming_with_other_data_is_refused(reach_path: Path, tmp_path: Path) -
     from tests.training.conftest import write_dataset
 
     output = tmp_path / "run"
-    train(_prepare(parse(arguments(reach_path, output, "--updates", "2"))))
+    train(parse(arguments(reach_path, output, "--updates", "2")))
     other = write_dataset(tmp_path / "other", episodes=5)
     done = command(*arguments(other, output, "--updates", "2", "--resume"))
     assert done.returncode == 1

@@ -8,6 +8,7 @@ from typing import Protocol
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from protos.errors import Rejected
 from protos.spaces import ObservationSpec
 from protos.symmetry import Group
 
@@ -58,14 +59,16 @@ class Stage:
 def stages(cfg: NetworkConfig, spec: ObservationSpec) -> tuple[Stage, ...]:
     """The encoder's convolutions, from the pooled image to 1 x 1.
 
-    Raises ValueError when the image does not tile, or `cfg.fields` has not one entry per convolution.
+    Raises Rejected when the image does not tile, or `cfg.fields` has not one entry per convolution.
     """
     side = spec.height / cfg.pool
     halvings = math.log2(side / NARROWEST)
     if halvings != int(halvings) or halvings < 0:
-        raise ValueError(f"{spec.height} pixels pooled by {cfg.pool} must be {NARROWEST} times a power of two")
+        tiling = f"a pooled image {NARROWEST} times a power of two pixels wide"
+        raise Rejected("network.pool", tiling, f"{spec.height} / {cfg.pool} = {side:g}", "choose another pooling")
     if len(cfg.fields) != halvings + 2:
-        raise ValueError(f"a {side:g} x {side:g} image takes {int(halvings) + 2} convolutions, got fields {cfg.fields}")
+        entries = f"{int(halvings) + 2} entries, one for each convolution of a {side:g} x {side:g} image"
+        raise Rejected("network.fields", entries, str(cfg.fields))
     *padded, second_last, last = cfg.fields
     return (*(Stage(f, 1, True) for f in padded), Stage(second_last, 0, True), Stage(last, 0, False))
 

@@ -26,7 +26,9 @@ from training.networks.distribution import SquashedGaussian
 
 OPSET = 20
 PARITY_BOUND = 1e-5
-"""Largest difference between torch and onnxruntime in any output, normalised units."""
+"""Largest difference between torch and onnxruntime in an action, normalised units."""
+REPORTED_PARITY_BOUND = 1e-3
+"""The same for std and value, which are reported and not moved on: no squash takes float32's noise out of them."""
 SYMMETRY_BOUND = 1e-4
 """Largest error of an equivariant actor under quarter turns, normalised units; a larger one is a bug, not noise."""
 RANDOM_OBSERVATIONS, REAL_OBSERVATIONS, GOLDEN_SCENES = 256, 64, 4
@@ -72,7 +74,7 @@ def export(agent: Agent, dataset: Dataset, provenance: Provenance, path: Path) -
     """Write `path` atomically and return what it says about itself.
 
     Raises:
-        ExportError: when torch and onnxruntime disagree by more than PARITY_BOUND, or an actor that should be
+        ExportError: when torch and onnxruntime disagree by more than the bounds above, or an actor that should be
             equivariant turns quarter turns with more than SYMMETRY_BOUND of error.
     """
     agent = agent.cpu()
@@ -171,7 +173,8 @@ def _require_parity(agent: Agent, session: onnxruntime.InferenceSession, state: 
         theirs = dict(zip((o.name for o in session.get_outputs()), session.run(None, _feed(part)), strict=True))
         for name, (expected, unit) in _answers(agent, part).items():
             difference = float(np.max(np.abs(expected - theirs[name]) / unit))
-            if not difference <= PARITY_BOUND:  # so, NaN is refused too
+            bound = PARITY_BOUND if "action" in name else REPORTED_PARITY_BOUND
+            if not difference <= bound:  # so, NaN is refused too
                 raise ExportError(
                     f"torch and onnxruntime differ by {difference:.3g} of a range in {name} on {kind} observations"
                 )

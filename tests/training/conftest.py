@@ -69,7 +69,7 @@ def write_dataset(
             )
         )
     first = buffers[0].observations["depth"][0]  # type: ignore[index, call-overload]
-    space = Dict({"depth": Box(-np.inf, np.inf, first.shape, first.dtype), "gripper": Box(-np.inf, np.inf, (1,))})
+    space = Dict({"depth": Box(0, 1000, first.shape, first.dtype), "gripper": Box(-np.inf, np.inf, (1,))})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dataset = minari.create_dataset_from_buffers(

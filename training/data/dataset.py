@@ -1,6 +1,7 @@
 """A Minari dataset as tensors on one device, checked once at the door."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def load(path: Path, *, successful_only: bool, device: torch.device | None = Non
     spec = _contract(metadata)
     digest = hashlib.sha256(spec.digest.encode())
     episodes = []
-    for episode in stored.iterate_episodes():
+    for episode in _episodes(stored, path):
         checked = _Episode.checked(episode, spec)
         for array in (checked.depth, checked.gripper, checked.action, checked.reward, checked.continues):
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -153,6 +154,13 @@ def _open(path: Path) -> Any:
         return minari.MinariDataset(folder)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise Rejected(str(path), "a Minari dataset", repr(error), "collect or import it again") from error
+
+
+def _episodes(stored: Any, path: Path) -> Iterator[Any]:
+    try:
+        yield from stored.iterate_episodes()
+    except (OSError, KeyError) as error:  # what h5py says of a file that is cut short or lacks a group
+        raise Rejected(str(path), "an undamaged main_data.hdf5", repr(error), "copy or collect it again") from error
 
 
 def _contract(metadata: dict[str, Any]) -> PolicySpec:

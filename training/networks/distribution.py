@@ -15,7 +15,7 @@ from protos.spaces import ActionSpec, Field, Kind
 INSIDE = 0.98
 """Dataset actions are clamped to this radius before the squash is inverted: expert motions lie on the bound itself,
 where the inverse is infinite, and atanh(0.98) = 2.3 keeps their share of the likelihood in proportion."""
-LOG_SCALE_LOW, LOG_SCALE_HIGH = -2.5, 0.5
+LOG_SCALE_LOW, LOG_SCALE_HIGH = -1.5, 0.5
 _TINY = 1e-6
 
 

@@ -31,7 +31,7 @@ class Demo:
     """Everything goes here; what an earlier demo left is replaced."""
     seed: int = 0
     """Of the collected scenes, the training and the evaluated scenes."""
-    episodes: int = 40
+    episodes: int = 20
     """Expert episodes to learn from."""
     minutes: float = 4.0
     """Of training."""
@@ -87,7 +87,7 @@ def demonstrate(config: Demo) -> Path:
     stages.run("collect", "sim_client.collect", "--episodes", str(config.episodes), *seed, "--output", str(data))
     stages.run(
         "train", "training.run", "--dataset", str(data), "--algo", "bc", "--equivariance", "both", "--preset", "cpu",
-        "--minutes", f"{config.minutes:g}", *seed, "--output", str(run),
+        "--augmentation", "o2", "--minutes", f"{config.minutes:g}", *seed, "--output", str(run),
     )  # fmt: skip
     policy = config.output / "policy.onnx"
     write_atomically(policy, (run / "policy.onnx").read_bytes())

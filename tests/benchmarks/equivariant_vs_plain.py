@@ -51,7 +51,8 @@ def cell(study: Study, equivariance: str, seed: int) -> float:
             run("sim_client.collect", "--episodes", str(study.episodes), *numbered, "--output", str(data))
         run(
             "training.run", "--dataset", str(data), "--algo", study.algo, "--equivariance", equivariance,
-            "--preset", "cpu", "--augmentation", "o2", "--minutes", f"{study.minutes:g}", *numbered, "--output", str(home),
+            "--preset", "cpu", "--augmentation", "o2", "--minutes", f"{study.minutes:g}", *numbered,
+            "--output", str(home),
         )  # fmt: skip
         with server(home / "policy.onnx") as address:
             run(

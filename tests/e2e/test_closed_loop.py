@@ -1,5 +1,6 @@
 """The whole path in small, each step by its own command: collect, train, export, serve, close the loop."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -15,8 +16,6 @@ from serving.client import PolicyClient
 from tests.makers import tiny_policy_file
 from training.demo import server
 
-UPDATES = 40
-
 
 def run(*command: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
@@ -25,15 +24,17 @@ def run(*command: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained for seconds from 4 recorded episodes: real, if not good."""
-    home = tmp_path_factory.mktemp("path")
-    run("sim_client.collect", "--episodes", "4", "--seed", "3", "--output", str(home / "data"))
-    run(
-        "training.run", "--dataset", str(home / "data"), "--algo", "bc", "--equivariance", "both", "--preset", "cpu",
-        "--updates", str(UPDATES), "--seed", "3", "--output", str(home / "run"),
-    )  # fmt: skip
-    return home / "run" / "policy.onnx"
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make demo` leaves, from 4 recorded episodes and seconds of training: real, if not good."""
+    home = tmp_path_factory.mktemp("demo")
+    small = ("--episodes", "4", "--minutes", "0.1", "--eval-episodes", "2", "--seed", "3")
+    run("training.demo", "--output", str(home), *small, "--setup-seconds", "7")
+    return home
+
+
+@pytest.fixture(scope="module")
+def policy(home: Path) -> Path:
+    return home / "policy.onnx"
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +43,20 @@ def address(policy: Path) -> Iterator[str]:
         yield address
 
 
+def test_the_demo_leaves_a_complete_report(home: Path, policy: Path) -> None:
+    report = json.loads((home / "report.json").read_text())
+    assert {"success_rate", "successes", "episodes", "wilson_low", "wilson_high", "latency_ms"} <= report.keys()
+    assert report["episodes"] == 2
+    assert report["policy_sha256"] == hashlib.sha256(policy.read_bytes()).hexdigest()
+    assert report["seconds"].keys() == {"setup", "collect", "train", "serve", "evaluate", "total"}
+    assert report["seconds"]["setup"] == 7
+    assert all(seconds > 0 for seconds in report["seconds"].values())
+
+
 def test_the_policy_says_where_it_comes_from_and_what_it_proved(policy: Path, address: str) -> None:
     with PolicyClient(address, spec=SPEC) as client:
         info = client.policy()
-    data = minari.MinariDataset(policy.parent.parent / "data" / "data")
+    data = minari.MinariDataset(policy.parent / "data" / "data")
     assert (info.task, info.algorithm, info.equivariance, info.seed) == ("drawer_opening", "bc", "both", 3)
     assert info.dataset_id == data.storage.metadata["dataset_id"]
     assert len(info.dataset_sha256) == 64

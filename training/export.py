@@ -25,8 +25,10 @@ from training.data.dataset import Dataset
 from training.networks.distribution import SquashedGaussian
 
 OPSET = 20
-PARITY_BOUND = 1e-5
-"""Largest difference between torch and onnxruntime in an action, normalised units."""
+PARITY_BOUND = 1e-4
+"""Largest difference between torch and onnxruntime in an action, normalised units; what a server's golden proof allows.
+Equivariant policies stay below 1e-5. White noise can drive a plain network far out of its range, where float32 alone
+makes 2e-5: no reason to lose a trained policy. A wrong graph is off by a thousand times more."""
 REPORTED_PARITY_BOUND = 1e-3
 """The same for std and value, which are reported and not moved on: no squash takes float32's noise out of them."""
 SYMMETRY_BOUND = 1e-4

@@ -1,8 +1,6 @@
 """Record episodes into a Minari dataset: `python -m sim_client.collect --help`."""
 
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +14,9 @@ from tqdm import tqdm
 
 from protos.spaces import SPEC
 from sim_client import ENV_IDS
-from sim_client.rollout import Episode, rollout
+from sim_client.episodes import Episode
+from sim_client.rollout import rollout
+from sim_client.store import About, write
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def record(config: Collect) -> Iterator[Episode]:
             while done < wanted:
                 episode = rollout(env, lambda obs, info: expert(), config.seed * EPISODES_PER_SEED + index)
                 if config.transitions:
-                    episode = _cut(episode, wanted - done)
+                    episode = episode.cut(wanted - done)
                 index += 1
                 step = 1 if config.episodes else len(episode)
                 done += step
@@ -75,65 +75,17 @@ def record(config: Collect) -> Iterator[Episode]:
         env.close()
 
 
-def _cut(episode: Episode, length: int) -> Episode:
-    """At most the first `length` steps; an episode that loses its end was truncated, not terminated."""
-    if len(episode) <= length:
-        return episode
-    return Episode(
-        seed=episode.seed,
-        depth=episode.depth[: length + 1],
-        gripper=episode.gripper[: length + 1],
-        action=episode.action[:length],
-        reward=episode.reward[:length],
-        terminated=False,
-        truncated=True,
+def about(config: Collect) -> About:
+    """What the dataset says of itself."""
+    env_id = ENV_IDS[config.task]
+    return About(
+        spec=SPEC,
+        task=config.task,
+        behavior=config.behavior,
+        dataset_id=f"equiserve/{config.task.replace('_', '-')}/{config.behavior}-v0",
+        env_spec=gymnasium.spec(env_id).to_json(),
+        notes={"seed": config.seed},
     )
-
-
-def write(config: Collect, episodes: list[Episode]) -> None:
-    """Write a Minari dataset to `config.output`, whole or not at all."""
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=config.output.parent.resolve(), prefix=f".{config.output.name}.") as scratch:
-        os.environ["MINARI_DATASETS_PATH"] = scratch  # minari's only way to choose where a dataset goes
-        import minari
-        from minari.data_collector import EpisodeBuffer
-
-        buffers = [
-            EpisodeBuffer(
-                id=index,
-                seed=episode.seed,
-                observations={"depth": list(episode.depth), "gripper": list(episode.gripper)},
-                actions=list(episode.action),
-                rewards=episode.reward.tolist(),
-                terminations=[False] * (len(episode) - 1) + [episode.terminated],
-                truncations=[False] * (len(episode) - 1) + [episode.truncated],
-            )
-            for index, episode in enumerate(episodes)
-        ]
-        dataset_id = f"equiserve/{config.task.replace('_', '-')}/{config.behavior}-v0"
-        dataset = minari.create_dataset_from_buffers(
-            dataset_id,
-            buffers,
-            env=ENV_IDS[config.task],
-            eval_env=ENV_IDS[config.task],
-            algorithm_name=config.behavior,
-            author="equiserve",
-            author_email="none",
-            code_permalink="none",
-            description=f"{config.task}, {config.behavior} behaviour, seed {config.seed}, top-down depth view",
-            requirements=["equiserve[sim]"],
-            jpeg_encoding=False,  # lossy otherwise
-        )
-        dataset.storage.update_metadata(
-            {
-                "task": config.task,
-                "behavior": config.behavior,
-                "seed": config.seed,
-                "contract": SPEC.to_json(),
-                "contract_digest": SPEC.digest,
-            }
-        )
-        (Path(scratch) / dataset_id).rename(config.output)
 
 
 def main() -> int:
@@ -144,7 +96,7 @@ def main() -> int:
     start = time.perf_counter()
     episodes = list(record(config))
     seconds = time.perf_counter() - start
-    write(config, episodes)
+    write(config.output, episodes, about(config))
     steps = sum(map(len, episodes))
     successes = sum(e.success for e in episodes)
     print(

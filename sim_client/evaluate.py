@@ -20,7 +20,8 @@ from protos.spaces import SPEC, Pose
 from serving.client import PolicyClient, PolicyError
 from sim_client import ENV_IDS
 from sim_client.env import Obs, observation_of
-from sim_client.rollout import Episode, rollout
+from sim_client.episodes import Episode
+from sim_client.rollout import rollout
 
 FIRST_SEED = 900_000_000
 """Evaluation scenes start here, far from the seeds of collection: no policy is tested on a scene it was shown."""

@@ -1,7 +1,6 @@
 """The only episode loop: collection drives it with an expert, evaluation with a server's answers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
@@ -9,38 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim_client.env import Obs
+from sim_client.episodes import Episode
 
 Act = Callable[[Obs, dict[str, Any]], NDArray[np.float32]]
 """(observation, info) -> action float32 [5]; info holds "tool_pose"."""
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One episode of T steps.
-
-    Attributes:
-        seed: what the environment was reset with.
-        depth: float32 [T + 1, H, W] metres; the last frame is where the episode ended.
-        gripper: float32 [T + 1, 1].
-        action: float32 [T, 5] physical units.
-        reward: float32 [T]
-        terminated, truncated: how the last step ended.
-    """
-
-    seed: int
-    depth: NDArray[np.float32]
-    gripper: NDArray[np.float32]
-    action: NDArray[np.float32]
-    reward: NDArray[np.float32]
-    terminated: bool
-    truncated: bool
-
-    @property
-    def success(self) -> bool:
-        return bool(self.reward[-1] > 0)
-
-    def __len__(self) -> int:
-        return len(self.action)
 
 
 def rollout(env: gymnasium.Env[Obs, NDArray[np.float32]], act: Act, seed: int) -> Episode:

@@ -1,10 +1,8 @@
 """A Minari dataset as tensors on one device, checked once at the door."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +12,9 @@ from torch import Tensor
 
 from protos.errors import Rejected
 from protos.spaces import PolicySpec
+from sim_client import store
+from sim_client.episodes import Episode
 from training.batch import Batch, State
-
-OUTSIDE = 1e-5
-"""Float32 actions may exceed a bound by this share of it."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +65,15 @@ def load(path: Path, *, successful_only: bool, device: torch.device | None = Non
     Raises:
         Rejected: naming episode, step and field of the first thing that does not fit the contract in its metadata.
     """
-    stored = _open(path)
-    metadata = stored.storage.metadata
-    spec = _contract(metadata)
-    digest = hashlib.sha256(spec.digest.encode())
+    about = store.read_about(path)
+    digest = hashlib.sha256(about.spec.digest.encode())
     episodes = []
-    for episode in _episodes(stored, path):
-        checked = _Episode.checked(episode, spec)
-        for array in (checked.depth, checked.gripper, checked.action, checked.reward, checked.continues):
+    for episode in store.read(path):
+        arrays = _Arrays.of(episode, about.spec)
+        for array in (arrays.depth, arrays.gripper, arrays.action, arrays.reward, arrays.continues):
             digest.update(np.ascontiguousarray(array).tobytes())
-        if checked.reward[-1] > 0 or not successful_only:
-            episodes.append(checked)
+        if episode.success or not successful_only:
+            episodes.append(arrays)
     if not episodes:
         kind = "successful episodes" if successful_only else "episodes"
         raise Rejected(str(path), f"at least one of its {kind}", "none", "collect more, or use --algo iql")
@@ -90,9 +85,9 @@ def load(path: Path, *, successful_only: bool, device: torch.device | None = Non
 
     now = torch.from_numpy(np.concatenate(steps)).to(device)
     return Dataset(
-        spec=spec,
-        task=str(metadata.get("task", "unknown")),
-        dataset_id=str(metadata["dataset_id"]),
+        spec=about.spec,
+        task=about.task,
+        dataset_id=about.dataset_id,
         sha256=digest.hexdigest(),
         episodes=len(episodes),
         depth=tensor("depth")[:, None],
@@ -106,7 +101,7 @@ def load(path: Path, *, successful_only: bool, device: torch.device | None = Non
 
 
 @dataclass(frozen=True)
-class _Episode:
+class _Arrays:
     depth: NDArray[np.float32]  # [T + 1, H, W]
     gripper: NDArray[np.float32]  # [T + 1, 1]
     action: NDArray[np.float32]  # [T, A] normalised
@@ -114,77 +109,8 @@ class _Episode:
     continues: NDArray[np.float32]  # [T]
 
     @classmethod
-    def checked(cls, episode: Any, spec: PolicySpec) -> "_Episode":
-        where = f"episode {episode.id}"
-        steps = len(episode.actions)
-        if steps == 0:
-            raise Rejected(where, "at least one step", "none", "remove the empty episode")
-        if not isinstance(episode.observations, dict) or not {"depth", "gripper"} <= episode.observations.keys():
-            raise Rejected(f"{where}, observations", "a dict with depth and gripper", str(type(episode.observations)))
-        view = spec.observation
-        depth = _array(where, "depth", episode.observations["depth"], (steps + 1, *view.shape))
-        low, high = np.float32(view.depth_min_m), np.float32(view.depth_max_m)
-        _within(where, "depth", (depth >= low) & (depth <= high), depth, f"{low:g} to {high:g} m")
-        gripper = _array(where, "gripper", episode.observations["gripper"], (steps + 1, 1))
-        _within(where, "gripper", (gripper >= 0) & (gripper <= 1), gripper, f"0 to 1 ({view.gripper})")
-        action = _array(where, "action", episode.actions, (steps, spec.action.size))
-        for i, field in enumerate(spec.action.fields):
-            inside = spec.action.magnitudes(action)[:, i] <= 1 + OUTSIDE
-            of_field = action[:, spec.action.slice_of(field.name)]
-            bound = f"|{field.name}| <= {field.limit:g}" if field.limit else f"{field.low:g} to {field.high:g}"
-            _within(where, f"action.{field.name}", inside, of_field, f"{bound} {field.unit}")
-        reward = _array(where, "reward", episode.rewards, (steps,))
-        normalized = np.asarray(spec.action.normalize(action), np.float32)
-        ended = np.asarray(episode.terminations, bool)
-        if ended[:-1].any():
-            step = int(np.argmax(ended))
-            raise Rejected(f"{where}, step {step}, termination", "only at the last step", "before it")
-        return cls(depth, gripper, normalized, reward, (~ended).astype(np.float32))
-
-
-def _open(path: Path) -> Any:
-    import minari
-
-    folder = path / "data" if (path / "data").is_dir() else path
-    if not folder.is_dir():
-        raise Rejected(
-            str(path), "a Minari dataset's directory", "nothing there", "python -m sim_client.collect makes one"
-        )
-    try:
-        return minari.MinariDataset(folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise Rejected(str(path), "a Minari dataset", repr(error), "collect or import it again") from error
-
-
-def _episodes(stored: Any, path: Path) -> Iterator[Any]:
-    try:
-        yield from stored.iterate_episodes()
-    except (OSError, KeyError) as error:  # what h5py says of a file that is cut short or lacks a group
-        raise Rejected(str(path), "an undamaged main_data.hdf5", repr(error), "copy or collect it again") from error
-
-
-def _contract(metadata: dict[str, Any]) -> PolicySpec:
-    if "contract" not in metadata:
-        raise Rejected("metadata.contract", "the JSON of a PolicySpec", "nothing", "say what the numbers mean")
-    spec = PolicySpec.from_json(metadata["contract"])
-    if metadata.get("contract_digest") != spec.digest:
-        raise Rejected("metadata.contract_digest", spec.digest, str(metadata.get("contract_digest")))
-    return spec
-
-
-def _array(where: str, name: str, values: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    array = np.asarray(values)
-    if array.shape != shape:
-        raise Rejected(f"{where}, {name}", f"shape {shape}", f"shape {array.shape}")
-    if not np.issubdtype(array.dtype, np.floating):
-        raise Rejected(f"{where}, {name}", "float32 in the contract's unit", str(array.dtype))
-    _within(where, name, np.isfinite(array), array, "finite numbers")
-    return array.astype(np.float32)
-
-
-def _within(where: str, name: str, good: NDArray[np.bool_], array: NDArray[np.floating], expected: str) -> None:
-    if not good.all():
-        step = int(np.argwhere(~good)[0][0])
-        seen = array[step]
-        got = f"{seen.min():g} to {seen.max():g}" if seen.size > 2 else str(seen)
-        raise Rejected(f"{where}, step {step}, {name}", expected, got)
+    def of(cls, episode: Episode, spec: PolicySpec) -> "_Arrays":
+        normalized = np.asarray(spec.action.normalize(episode.action), np.float32)
+        continues = np.ones(len(episode), np.float32)
+        continues[-1] = not episode.terminated
+        return cls(episode.depth, episode.gripper, normalized, episode.reward, continues)

@@ -12,14 +12,14 @@ from sim_client.arm import FINGER_TRAVEL_M, WORKSPACE_CENTRE, YAW_CENTRE_RAD, Ar
 
 ASSET = Path(__file__).parent.parent / "assets" / "drawer.urdf"
 HANDLE_OUT_M, HANDLE_UP_M = 0.136, 0.045  # of the handle bar from the cabinet's base, as in the URDF
-OPEN_ENOUGH_M = 0.07
+OPEN_ENOUGH_M = 0.09
 """The drawer counts as open from here; its slide is 0.11 long."""
 SLIDE_FRICTION_N = 2.0
 
 SPREAD_M = 0.09
 """The middle of the pull lies within this radius of the workspace's centre: as hard from every side."""
 START_LOW_M, START_HIGH_M = 0.17, 0.25
-START_SPREAD_M = 0.04
+START_SPREAD_M = 0.06
 WRIST_SPREAD_RAD = math.pi / 3
 """The wrist starts within this of a grasp. A quarter turn away, left and right are equally good: nobody's answer is
 wrong there, and no demonstration says more than that."""
@@ -27,7 +27,7 @@ wrong there, and no demonstration says more than that."""
 # The expert. Both fingers pass the bar with the most room when the tool is a centimetre outside it.
 GRASP_OUT_M = 0.010
 HOVER_M = 0.125
-NEAR_M, NEAR_RAD, LOW_M = 0.012, 0.12, 0.012
+NEAR_M, NEAR_RAD, LOW_M = 0.006, 0.06, 0.012
 _LIMIT = {field.name: field.scale for field in ACTION.fields}
 
 

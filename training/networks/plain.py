@@ -59,7 +59,7 @@ class Head(nn.Module):
 def _channels(cfg: NetworkConfig, fields: int) -> int:
     """A steerable 3x3 filter between two regular fields has 6 free weights per group element where a plain one has 9
     per channel pair: sqrt(6 |G| / 9) channels a field make the counts alike (a test compares them)."""
-    return round(fields * math.sqrt(6 * len(list(Group.parse(cfg.group))) / 9))
+    return math.ceil(fields * math.sqrt(6 * len(list(Group.parse(cfg.group))) / 9))
 
 
 def _size(kinds: Sequence[Kind]) -> int:

@@ -140,9 +140,16 @@ class GripperState(StrEnum):
     OPEN_RATIO = "open_ratio"  # for a robot that only knows its opening: 0 closed, 1 open
 
 
+class View(StrEnum):
+    """Where the camera looks from."""
+
+    TOPDOWN = "topdown"  # orthographic, straight down, centred on the tool and moving with it
+    SIDE = "side"  # perspective, fixed, aimed at the workspace's centre: the scene's symmetry is only latent in it
+
+
 @dataclass(frozen=True)
 class ObservationSpec:
-    """A top-down orthographic depth view centred on the gripper, and the gripper's state.
+    """A depth view and the gripper's state. By default top-down, orthographic, centred on the gripper.
 
     `row_axis` and `col_axis` are the world directions (x, y) in which the row and the column index grow. They are the
     whole map from pixels to the world: a mirrored or transposed image has other axes and so another digest.
@@ -150,14 +157,18 @@ class ObservationSpec:
 
     height: int = 128
     width: int = 128
+    view: View = View.TOPDOWN
+    elevation_deg: float = 90.0
+    """How steeply the camera looks down; below 90 a side view's, from the robot's front."""
     extent_m: float = 0.45
-    """Side of the square that the view covers."""
+    """Side of the square that the view covers; of a side view, through the workspace's centre."""
     row_axis: tuple[int, int] = (-1, 0)
     """Row 0 looks towards +x, away from the robot's base."""
     col_axis: tuple[int, int] = (0, -1)
     """Column 0 looks towards +y, the robot's left."""
     plane_above_tool_m: float = 0.10
-    """The camera plane lies this far above the tool centre and moves with it."""
+    """The camera plane lies this far above the tool centre and moves with it; a side view's camera is fixed this far
+    from the workspace's centre."""
     depth_min_m: float = 0.0
     depth_max_m: float = 0.60
     gripper: GripperState = GripperState.HOLDING
@@ -165,6 +176,10 @@ class ObservationSpec:
     def __post_init__(self) -> None:
         if not (isinstance(self.height, int) and self.height == self.width and self.height > 0):
             raise ValueError(f"the view must be square, whole pixels, got {self.height} x {self.width}")
+        if not 0 < self.elevation_deg <= 90 or (self.view is View.TOPDOWN and self.elevation_deg != 90):
+            raise ValueError(
+                f"a side view looks down at 0 to 90 degrees, a top-down one at 90, got {self.elevation_deg}"
+            )
         if not 0 < self.extent_m < math.inf or not math.isfinite(self.plane_above_tool_m):
             raise ValueError(f"lengths must be finite, got {self.extent_m} and {self.plane_above_tool_m}")
         axes = np.array([self.row_axis, self.col_axis])
@@ -210,6 +225,7 @@ class PolicySpec:
                 k: tuple(v) if isinstance(v, list) else v for k, v in raw["observation"].items()
             }
             observation["gripper"] = GripperState(observation["gripper"])
+            observation["view"] = View(observation["view"])
             fields = tuple(
                 Field(**{**f, "components": tuple(f["components"]), "kind": Kind(f["kind"])})
                 for f in raw["action"]["fields"]
@@ -287,3 +303,12 @@ ACTION = ActionSpec(
 )
 OBSERVATION = ObservationSpec()
 SPEC = PolicySpec(OBSERVATION, ACTION)
+
+
+def side_view(elevation_deg: float) -> PolicySpec:
+    """The contract of a camera that stands in front of the robot and looks back at it from above, or from the side."""
+    view = ObservationSpec(
+        view=View.SIDE, elevation_deg=elevation_deg, extent_m=0.6, row_axis=(1, 0), col_axis=(0, 1),
+        plane_above_tool_m=0.8, depth_max_m=1.6,
+    )  # fmt: skip
+    return PolicySpec(view, ACTION)

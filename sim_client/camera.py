@@ -1,17 +1,30 @@
 """The robot's eye: depth in metres from PyBullet's software renderer. Its unit changes here and never again."""
 
-from collections.abc import Callable
+import math
+from dataclasses import dataclass
 
 import numpy as np
 import pybullet as p
 from numpy.typing import NDArray
 
-from protos.spaces import ObservationSpec
+from protos.spaces import ObservationSpec, View
+from sim_client.arm import WORKSPACE_CENTRE
+from sim_client.randomization import Misplacement
 
 # An orthographic camera looks down from this far above the view's own camera plane. TinyRenderer silently drops
 # geometry nearer than n' of `metres_of` (0.54 m for these planes), so the camera stands well back.
 STAND_OFF_M = 0.7
 NEAR_M, FAR_M = 0.1, 2.05
+NOTHING = 0.9999999
+"""The depth buffer's value where nothing was drawn is 1."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """depth: float32 [H, W] metres from the camera plane; rgb: uint8 [H, W, 3], of a view in colour."""
+
+    depth: NDArray[np.float32]
+    rgb: NDArray[np.uint8] | None
 
 
 def orthographic(half_m: float, near: float, far: float, pixels: int) -> tuple[float, ...]:
@@ -41,56 +54,79 @@ def metres_of(buffer: NDArray[np.float32], near: float, far: float) -> NDArray[n
     return ((f * n / (n - f)) / (buffer - f / (f - n))).astype(np.float32)
 
 
-class Camera:
-    """The top-down orthographic depth view of `spec`, centred on the tool."""
+class TopDown:
+    """The top-down orthographic depth view of `spec`, centred on the tool.
+
+    The table is not drawn: it is what the camera sees where it sees nothing, at the distance that its height says.
+    Three quarters of a frame's pixels, and of its time.
+    """
 
     def __init__(self, client: int, spec: ObservationSpec) -> None:
         self._client, self._spec = client, spec
         self._projection = orthographic(spec.extent_m / 2, NEAR_M, FAR_M, spec.height)
 
-    def depth(self, tool_xyz: tuple[float, float, float]) -> NDArray[np.float32]:
-        """float32 [H, W]: metres below the camera plane, which lies `plane_above_tool_m` above the tool centre."""
-        x, y, z = tool_xyz
-        eye = z + self._spec.plane_above_tool_m + STAND_OFF_M
+    def look(self, tool_xyz: tuple[float, float, float], error: Misplacement) -> Frame:
+        """What the camera sees, `error` away from where it should be."""
+        x, y, z = tool_xyz[0] + error.x, tool_xyz[1] + error.y, tool_xyz[2] + error.z
+        plane = z + self._spec.plane_above_tool_m
         # Up in the image is against the direction in which rows grow; a camera cannot mirror, so that fixes columns.
-        up = (-self._spec.row_axis[0], -self._spec.row_axis[1], 0)
-        view = p.computeViewMatrix((x, y, eye), (x, y, 0), up)
-        _, _, _, buffer, _ = p.getCameraImage(
-            self._spec.width,
-            self._spec.height,
-            view,
-            self._projection,
-            shadow=0,
-            renderer=p.ER_TINY_RENDERER,
-            flags=p.ER_NO_SEGMENTATION_MASK,
-            physicsClientId=self._client,
+        up = -np.array(self._spec.row_axis, float)
+        cos, sin = math.cos(error.yaw), math.sin(error.yaw)
+        view = p.computeViewMatrix(
+            (x, y, plane + STAND_OFF_M), (x, y, 0), (cos * up[0] - sin * up[1], sin * up[0] + cos * up[1], 0)
         )
-        buffer = np.reshape(np.asarray(buffer, np.float32), self._spec.shape)
+        _, buffer = _render(self._client, self._spec, view, self._projection)
         depth = metres_of(buffer, NEAR_M, FAR_M) - np.float32(STAND_OFF_M)
+        depth = np.where(buffer < NOTHING, depth, np.float32(plane))
         if self._spec.handedness < 0:
             depth = depth[:, ::-1]
-        return np.clip(depth, self._spec.depth_min_m, self._spec.depth_max_m)
+        return Frame(np.clip(depth, self._spec.depth_min_m, self._spec.depth_max_m), None)
 
 
-class Spectator:
-    """Renders the scene for people, in a physics client of its own: looking never changes what the robot sees."""
+class Side:
+    """A fixed perspective camera in front of the robot: depth along its axis, and colour."""
 
-    def __init__(self, build: Callable[[int], object]) -> None:
-        self._client = p.connect(p.DIRECT)
-        build(self._client)
-        self._view = p.computeViewMatrix((1.15, -0.62, 0.72), (0.45, 0.0, 0.12), (0, 0, 1))
-        self._projection = p.computeProjectionMatrixFOV(45, 4 / 3, 0.05, 4.0)
+    def __init__(self, client: int, spec: ObservationSpec) -> None:
+        self._client, self._spec = client, spec
+        self._near, self._far = 0.1, spec.depth_max_m
+        fov = 2 * math.degrees(math.atan(spec.extent_m / 2 / spec.plane_above_tool_m))
+        projection = list(p.computeProjectionMatrixFOV(fov, 1.0, self._near, self._far))
+        projection[8] = projection[9] = 1 / spec.height  # the half pixel, see `orthographic`
+        self._projection = tuple(projection)
 
-    def look(self, source: int) -> NDArray[np.uint8]:
-        """uint8 [480, 640, 3] of the scene whose state client `source` holds; bodies correspond by id."""
-        for body in range(p.getNumBodies(physicsClientId=source)):
-            position, orientation = p.getBasePositionAndOrientation(body, physicsClientId=source)
-            p.resetBasePositionAndOrientation(body, position, orientation, physicsClientId=self._client)
-            for joint in range(p.getNumJoints(body, physicsClientId=source)):
-                angle = p.getJointState(body, joint, physicsClientId=source)[0]
-                p.resetJointState(body, joint, angle, physicsClientId=self._client)
-        image = p.getCameraImage(640, 480, self._view, self._projection, physicsClientId=self._client)[2]
-        return np.reshape(np.asarray(image, np.uint8), (480, 640, 4))[..., :3]
+    def look(self, tool_xyz: tuple[float, float, float], error: Misplacement) -> Frame:
+        """What the camera sees, `error` away from where it should be; the tool is wherever the tool is."""
+        elevation, away = math.radians(self._spec.elevation_deg), self._spec.plane_above_tool_m
+        centre = np.array([*WORKSPACE_CENTRE, 0.0])
+        out = np.array([math.cos(error.yaw), math.sin(error.yaw), 0])
+        eye = centre + away * (math.cos(elevation) * out + math.sin(elevation) * np.array([0, 0, 1]))
+        shift = (error.x, error.y, error.z)
+        view = p.computeViewMatrix(eye + shift, centre + shift, math.cos(elevation) * np.array([0, 0, 1]) - out)
+        rgb, buffer = _render(self._client, self._spec, view, self._projection)
+        depth = self._far * self._near / (self._far - (self._far - self._near) * buffer)
+        return Frame(np.clip(depth, self._spec.depth_min_m, self._spec.depth_max_m).astype(np.float32), rgb)
 
-    def close(self) -> None:
-        p.disconnect(self._client)
+
+Camera = TopDown | Side
+
+
+def camera(client: int, spec: ObservationSpec) -> Camera:
+    """The camera that `spec` describes."""
+    return (TopDown if spec.view is View.TOPDOWN else Side)(client, spec)
+
+
+def _render(
+    client: int, spec: ObservationSpec, view: tuple[float, ...], projection: tuple[float, ...]
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    _, _, rgba, buffer, _ = p.getCameraImage(
+        spec.width,
+        spec.height,
+        view,
+        projection,
+        shadow=0,
+        renderer=p.ER_TINY_RENDERER,
+        flags=p.ER_NO_SEGMENTATION_MASK,
+        physicsClientId=client,
+    )
+    rgb = np.reshape(np.asarray(rgba, np.uint8), (*spec.shape, 4))[..., :3]
+    return rgb, np.reshape(np.asarray(buffer, np.float32), spec.shape)

@@ -1,22 +1,32 @@
 """Record episodes into a Minari dataset: `python -m sim_client.collect --help`."""
 
+import contextlib
+import dataclasses
+import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import partial as bind
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-import gymnasium
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from protos.spaces import SPEC
-from sim_client import ENV_IDS
+from serving.errors import PolicyRefused
+from sim_client import ENV_IDS, TaskName
+from sim_client.behaviors import Actors, Mixture, parse
+from sim_client.calibrate import calibrate
 from sim_client.episodes import Episode
 from sim_client.rollout import rollout
 from sim_client.store import About, write
+from sim_client.workers import Partial, Record, episodes
+from sim_client.world import World, unwrapped
+
+EPISODES_PER_SEED = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -24,23 +34,38 @@ class Collect:
     """Record episodes of a task into a Minari dataset.
 
     Give either --episodes or --transitions. Episode i is seeded with SEED * 1 000 000 + i, so that more episodes of the
-    same seed extend the same data and no two seeds share an episode.
+    same seed extend the same data, no two seeds share an episode, and the number of workers changes nothing.
+    Interrupted, by whatever, the same command goes on where it was.
 
-    Example: python -m sim_client.collect --task drawer_opening --episodes 20 --output runs/drawer20
+    Examples:
+      python -m sim_client.collect --task drawer_opening --episodes 20 --output runs/drawer20
+      python -m sim_client.collect --task block_in_bowl --behavior noisy --target-success 0.4 --transitions 1000
+          --workers 2 --output runs/bowl_noisy
+      python -m sim_client.collect --behavior mixed:expert=0.2,policy:runs/early/policy.onnx=0.8 --episodes 100
+          --output runs/mixed
     """
 
     output: Path
     """Directory of the new dataset; must not exist. MinariDataset("OUTPUT/data") opens it."""
-    task: Literal["drawer_opening"] = "drawer_opening"
+    task: TaskName = "drawer_opening"
     """What to record."""
-    behavior: Literal["expert"] = "expert"
-    """Who acts: the task's scripted expert."""
+    behavior: str = "expert"
+    """Who acts: expert, noisy (an expert with a shaking hand), random, policy:FILE, or mixed:A=SHARE,B=SHARE,..."""
     episodes: int | None = None
     """Record this many episodes."""
     transitions: int | None = None
     """Record until there are this many transitions; the last episode is cut to fit."""
     seed: int = 0
-    """Of the scenes."""
+    """Of the scenes, and of the behaviour's chance."""
+    keep_failures: bool = True
+    """Keep episodes that do not succeed; they count only if kept."""
+    noise: float | None = None
+    """How much the noisy expert's hand shakes, in units of each motion's bound."""
+    target_success: float | None = None
+    """Choose the noise for this success rate instead: 0.4 means the same quality of data on every task."""
+    workers: int = 1
+    """Processes that record."""
+    world: Annotated[World, tyro.conf.arg(name="")] = field(default_factory=World)
 
     def __post_init__(self) -> None:
         if (self.episodes is None) == (self.transitions is None):
@@ -49,59 +74,138 @@ class Collect:
             raise ValueError(f"nothing to record: --episodes {self.episodes} --transitions {self.transitions}")
         if self.seed < 0:
             raise ValueError(f"--seed must not be negative, got {self.seed}")
+        if self.workers < 1:
+            raise ValueError(f"--workers must be at least 1, got {self.workers}")
+        is_noisy = any(behavior.kind == "noisy" for behavior in parse(self.behavior))
+        if is_noisy != ((self.noise is None) != (self.target_success is None)):
+            raise ValueError("a noisy behaviour, and no other, takes one of --noise X and --target-success SHARE")
+        if self.noise is not None and not self.noise >= 0:
+            raise ValueError(f"--noise must not be negative, got {self.noise}")
+        if self.target_success is not None and not 0 < self.target_success < 1:
+            raise ValueError(f"--target-success is a share between 0 and 1, got {self.target_success}")
 
 
-EPISODES_PER_SEED = 1_000_000
+class Recorder:
+    """Runs episodes by number; one per process."""
+
+    def __init__(self, task: TaskName, world: World, mixture: Mixture, noise: float, first_seed: int) -> None:
+        self._env = world.make(task)
+        self._actors = Actors(self._env, noise)
+        self._mixture, self._first_seed = mixture, first_seed
+
+    def __call__(self, index: int) -> Episode:
+        seed, behavior = self._first_seed + index, self._mixture.of_episode(index)
+        act = self._actors.actor(behavior, np.random.default_rng((seed, 1)))
+        return dataclasses.replace(rollout(self._env, act, seed), behavior=str(behavior))
 
 
-def record(config: Collect) -> Iterator[Episode]:
-    """The episodes that `config` asks for, in order."""
-    env = gymnasium.make(ENV_IDS[config.task])
-    expert = env.unwrapped.expert_action  # type: ignore[attr-defined]
+def recorder(config: Collect, noise: float) -> Record:
+    """What records the episodes of `config`."""
+    return Recorder(config.task, config.world, parse(config.behavior), noise, config.seed * EPISODES_PER_SEED)
+
+
+def record(config: Collect, partial: Partial, noise: float) -> Iterator[Episode]:
+    """The episodes that `config` asks for, in order; each is on disk before the next begins."""
+    wanted = config.episodes or config.transitions or 0
+    endless = episodes(partial, bind(recorder, config, noise), config.workers)
+    with (
+        contextlib.closing(endless),  # type: ignore[type-var]
+        tqdm(total=wanted, unit="episode" if config.episodes else "transition", desc=config.task) as bar,
+    ):
+        done = 0
+        for episode in endless:
+            if not (episode.success or config.keep_failures):
+                continue
+            kept = episode if config.episodes else episode.cut(wanted - done)
+            step = 1 if config.episodes else len(kept)
+            done += step
+            bar.update(step)
+            yield kept
+            if done >= wanted:
+                return
+
+
+def prepare(config: Collect) -> About:
+    """What the dataset will say of itself. Loads and proves the policies that are to act, before anything runs."""
+    env = config.world.make(config.task)
     try:
-        wanted = config.episodes or config.transitions or 0
-        with tqdm(total=wanted, unit="episode" if config.episodes else "transition", desc=config.task) as bar:
-            done = index = 0
-            while done < wanted:
-                episode = rollout(env, lambda obs, info: expert(), config.seed * EPISODES_PER_SEED + index)
-                if config.transitions:
-                    episode = episode.cut(wanted - done)
-                index += 1
-                step = 1 if config.episodes else len(episode)
-                done += step
-                bar.update(step)
-                yield episode
+        actors = Actors(env, noise=0.0)
+        for behavior in parse(config.behavior):
+            actors.actor(behavior, np.random.default_rng())
+        assert env.spec is not None  # Gymnasium made it
+        return About(
+            spec=unwrapped(env).spec_of_policy,
+            task=config.task,
+            behavior=config.behavior,
+            dataset_id=f"{ENV_IDS[config.task].rpartition('-')[0]}/{config.behavior.partition(':')[0]}-v0",
+            env_spec=env.spec.to_json(),
+            notes={"seed": config.seed},
+        )
     finally:
         env.close()
 
 
-def about(config: Collect) -> About:
-    """What the dataset says of itself."""
-    env_id = ENV_IDS[config.task]
-    return About(
-        spec=SPEC,
-        task=config.task,
-        behavior=config.behavior,
-        dataset_id=f"equiserve/{config.task.replace('_', '-')}/{config.behavior}-v0",
-        env_spec=gymnasium.spec(env_id).to_json(),
-        notes={"seed": config.seed},
-    )
+@dataclass(frozen=True)
+class Summary:
+    """What was recorded."""
+
+    episodes: int
+    successes: int
+    transitions: int
+    seconds: float
+
+
+def collect(config: Collect) -> Summary:
+    """Record and write `config.output`.
+
+    Raises:
+        FileExistsError: the output exists, or an interrupted collection asked for something else.
+        PolicyRefused, Rejected: a policy file cannot act here.
+        OSError: the disk; what is recorded stays for the next run.
+    """
+    if config.output.exists():
+        raise FileExistsError(f"{config.output} exists already: choose another --output or remove it first")
+    about = prepare(config)
+    request = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "workers")}
+    partial = Partial(config.output, json.loads(json.dumps(request, default=str)))
+    noise, notes = config.noise or 0.0, dict(about.notes)
+    if config.target_success is not None:
+        noise, reached = calibrate(
+            lambda noise: bind(_noisy_recorder, config, noise), partial.folder, config.target_success, config.workers
+        )
+        notes |= {"target_success": config.target_success, "calibrated_success": reached}
+    if any(behavior.kind == "noisy" for behavior in parse(config.behavior)):
+        notes["noise"] = noise
+    start, recorded = time.perf_counter(), []
+
+    def watched() -> Iterator[Episode]:
+        for episode in record(config, partial, noise):
+            recorded.append((len(episode), episode.success))
+            yield episode
+
+    write(config.output, watched(), dataclasses.replace(about, notes=notes))
+    partial.remove()
+    lengths, successes = zip(*recorded, strict=True)
+    return Summary(len(recorded), sum(successes), sum(lengths), time.perf_counter() - start)
+
+
+def _noisy_recorder(config: Collect, noise: float, first_seed: int) -> Record:
+    return Recorder(config.task, config.world, parse("noisy"), noise, first_seed)
 
 
 def main() -> int:
     config = tyro.cli(Collect, description=Collect.__doc__)
-    if config.output.exists():
-        print(f"{config.output} exists already: choose another --output or remove it first", file=sys.stderr)
+    try:
+        done = collect(config)
+    except (FileExistsError, PolicyRefused, ValueError) as error:
+        print(error, file=sys.stderr)
         return 2
-    start = time.perf_counter()
-    episodes = list(record(config))
-    seconds = time.perf_counter() - start
-    write(config.output, episodes, about(config))
-    steps = sum(map(len, episodes))
-    successes = sum(e.success for e in episodes)
+    except (OSError, BrokenProcessPool, KeyboardInterrupt) as error:
+        print(f"stopped: {error or 'interrupted'}; the same command goes on from here", file=sys.stderr)
+        return 1
     print(
-        f"{config.output}: {len(episodes)} episodes, {steps} transitions, {successes} successful, "
-        f"mean length {np.mean([len(e) for e in episodes]):.1f}, {steps / seconds:.0f} control steps/s"
+        f"{config.output}: {done.episodes} episodes, {done.transitions} transitions, {done.successes} successful, "
+        f"mean length {done.transitions / done.episodes:.1f}, {done.transitions / done.seconds:.0f} control steps/s"
     )
     return 0
 

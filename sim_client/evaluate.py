@@ -3,11 +3,10 @@
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
-import gymnasium
 import numpy as np
 import tyro
 from numpy.typing import NDArray
@@ -16,12 +15,13 @@ from tqdm import tqdm
 
 from protos.errors import Rejected
 from protos.files import write_atomically
-from protos.spaces import SPEC, Pose
+from protos.spaces import Pose
 from serving.client import PolicyClient, PolicyError
-from sim_client import ENV_IDS
+from sim_client import TaskName
 from sim_client.env import Obs, observation_of
 from sim_client.episodes import Episode
 from sim_client.rollout import rollout
+from sim_client.world import World, unwrapped
 
 FIRST_SEED = 900_000_000
 """Evaluation scenes start here, far from the seeds of collection: no policy is tested on a scene it was shown."""
@@ -40,7 +40,7 @@ class Evaluate:
 
     server: str = "localhost:50051"
     """HOST:PORT of `python -m serving.server`."""
-    task: Literal["drawer_opening"] = "drawer_opening"
+    task: TaskName = "drawer_opening"
     """What the robot is to do."""
     policy: str = ""
     """Name of the policy to ask for; empty: the server's default."""
@@ -56,6 +56,7 @@ class Evaluate:
     """Deadline of one call."""
     wait_s: float = 30.0
     """How long to wait for a server that is still starting."""
+    world: Annotated[World, tyro.conf.arg(name="")] = field(default_factory=World)
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
@@ -82,8 +83,9 @@ class Robot:
 def evaluate(config: Evaluate) -> dict[str, Any]:
     """Run the episodes and return the report. Raises PolicyError when the server refuses or cannot be
     reached, Rejected when it serves another contract."""
-    env = gymnasium.make(ENV_IDS[config.task])
-    with PolicyClient(config.server, policy=config.policy, spec=SPEC, timeout_s=config.timeout_s) as client:
+    env = config.world.make(config.task)
+    spec = unwrapped(env).spec_of_policy
+    with PolicyClient(config.server, policy=config.policy, spec=spec, timeout_s=config.timeout_s) as client:
         info = client.wait_ready(config.wait_s)
         robot = Robot(client)
         episodes: list[Episode] = []
@@ -104,6 +106,7 @@ def _report(config: Evaluate, policy: Any, episodes: list[Episode], robot: Robot
     return {
         "task": config.task,
         "seed": config.seed,
+        "world": asdict(config.world),
         "episodes": len(episodes),
         "successes": successes,
         "success_rate": successes / len(episodes),
@@ -126,7 +129,7 @@ def main() -> int:
     config = tyro.cli(Evaluate, description=Evaluate.__doc__)
     try:
         report = evaluate(config)
-    except (PolicyError, Rejected) as error:
+    except (PolicyError, Rejected, ValueError) as error:
         print(f"evaluation stopped: {error}", file=sys.stderr)
         return 2
     if config.report:

@@ -3,14 +3,14 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import gymnasium
 import matplotlib
 import tyro
 
 from protos.spaces import SPEC
-from sim_client import ENV_IDS
+from sim_client import ENV_IDS, TaskName
+from sim_client.world import unwrapped
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -30,7 +30,7 @@ class Look:
 
     output: Path
     """The picture to write."""
-    task: Literal["drawer_opening"] = "drawer_opening"
+    task: TaskName = "drawer_opening"
     """Whose scene."""
     seed: int = 3
     """Of the scene."""
@@ -47,8 +47,8 @@ def draw(config: Look) -> None:
     for (frame_axis, depth_axis), degrees in zip(axes.T, TURNS_DEG, strict=True):
         obs, _ = env.reset(seed=config.seed, options={"turn": math.radians(degrees)})
         for _ in range(config.steps):
-            obs, *_ = env.step(env.unwrapped.expert_action())  # type: ignore[attr-defined]
-        direction = env.unwrapped.expert_action()[planar]  # type: ignore[attr-defined]
+            obs, *_ = env.step(unwrapped(env).expert_action())
+        direction = unwrapped(env).expert_action()[planar]
         frame_axis.imshow(env.render())
         frame_axis.set_title(f"scene turned by {degrees} degrees")
         image = depth_axis.imshow(obs["depth"], cmap="viridis_r")

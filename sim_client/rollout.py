@@ -33,4 +33,5 @@ def rollout(env: gymnasium.Env[Obs, NDArray[np.float32]], act: Act, seed: int) -
         reward=np.array(rewards, np.float32),
         terminated=terminated,
         truncated=truncated,
+        rgb=np.stack([o["rgb"] for o in seen]) if "rgb" in obs else None,
     )

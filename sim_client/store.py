@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict
 
 from protos.errors import Rejected
-from protos.spaces import ActionSpec, PolicySpec
+from protos.spaces import ActionSpec, ObservationSpec, PolicySpec
 from sim_client.episodes import Episode, check
 
 COMPRESS_FROM_BYTES = 1024
@@ -71,7 +71,7 @@ def _write_minari(folder: Path, episodes: Iterable[Episode], about: About) -> No
         raise Rejected(about.dataset_id, "at least one episode", "none")
     storage = MinariStorage.new(
         folder,
-        observation_space=_observation_space(about.spec, first),
+        observation_space=observation_space(about.spec.observation, rgb=first.rgb is not None),
         action_space=action_space(about.spec.action),
         data_format="hdf5",
         jpeg_encoding=False,  # lossy otherwise
@@ -111,8 +111,8 @@ def _write_minari(folder: Path, episodes: Iterable[Episode], about: About) -> No
                 id=index,
                 seed=episode.seed,
                 observations=frames,
-                actions=episode.action,  # type: ignore[arg-type]
-                rewards=episode.reward,  # type: ignore[arg-type]
+                actions=episode.action,
+                rewards=episode.reward,
                 terminations=[*before, episode.terminated],
                 truncations=[*before, episode.truncated],
             )
@@ -126,13 +126,13 @@ def _chained(first: Episode, others: Iterator[Episode]) -> Iterator[Episode]:
     yield from others
 
 
-def _observation_space(spec: PolicySpec, example: Episode) -> Dict:
-    view = spec.observation
+def observation_space(view: ObservationSpec, *, rgb: bool) -> Dict:
+    """Of one observation, with a colour image beside the depth if `rgb`."""
     space: dict[str, Any] = {
         "depth": Box(view.depth_min_m, view.depth_max_m, view.shape, np.float32),
         "gripper": Box(0.0, 1.0, (1,), np.float32),
     }
-    if example.rgb is not None:
+    if rgb:
         space["rgb"] = Box(0, 255, (*view.shape, 3), np.uint8)
     return Dict(space)
 

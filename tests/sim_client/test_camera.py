@@ -6,9 +6,12 @@ import numpy as np
 import pybullet as p
 import pytest
 
-from protos.spaces import OBSERVATION, ObservationSpec
-from sim_client.camera import Camera, metres_of, orthographic
+from protos.spaces import OBSERVATION, ObservationSpec, side_view
+from sim_client.arm import WORKSPACE_CENTRE
+from sim_client.camera import camera, metres_of, orthographic
+from sim_client.randomization import Misplacement
 
+NO_ERROR = Misplacement()
 PIXEL_M = OBSERVATION.extent_m / OBSERVATION.height
 
 
@@ -29,6 +32,12 @@ def add_table(client: int) -> None:
     p.createMultiBody(baseVisualShapeIndex=shape, basePosition=(0, 0, -0.01), physicsClientId=client)
 
 
+def seen(
+    client: int, spec: ObservationSpec, tool: tuple[float, float, float], error: Misplacement = NO_ERROR
+) -> np.ndarray:
+    return camera(client, spec).look(tool, error).depth
+
+
 @pytest.mark.parametrize("planes", [(0.1, 2.05), (0.1, 1.5), (0.05, 1.95), (0.4, 2.2)])
 @pytest.mark.parametrize("height", [0.02, 0.1, 0.25])
 def test_a_box_is_as_high_as_it_is_whatever_the_planes(client: int, planes: tuple[float, float], height: float) -> None:
@@ -45,7 +54,7 @@ def test_a_box_is_as_high_as_it_is_whatever_the_planes(client: int, planes: tupl
 
 def test_depth_is_measured_from_the_plane_above_the_tool(client: int) -> None:
     add_table(client)
-    depth = Camera(client, OBSERVATION).depth((0.1, -0.2, 0.17))
+    depth = seen(client, OBSERVATION, (0.1, -0.2, 0.17))
     assert depth.shape == OBSERVATION.shape
     assert depth.dtype == np.float32
     np.testing.assert_allclose(depth, 0.17 + OBSERVATION.plane_above_tool_m, atol=1e-4)
@@ -60,7 +69,7 @@ def test_orientation(client: int, offset: tuple[float, float], row_side: int, co
     tool = (0.5, 0.1, 0.2)
     add_table(client)
     add_box(client, tool[0] + offset[0], tool[1] + offset[1], 0.05)
-    depth = Camera(client, OBSERVATION).depth(tool)
+    depth = seen(client, OBSERVATION, tool)
     row, col = np.argwhere(depth < depth.max() - 0.02).mean(axis=0) - (OBSERVATION.height - 1) / 2
     assert (round(row * PIXEL_M, 2), round(col * PIXEL_M, 2)) == pytest.approx((row_side * 0.1, col_side * 0.1))
 
@@ -77,11 +86,48 @@ def test_the_image_obeys_the_spec_s_map_from_pixels_to_the_world(
         pytest.skip("not orthogonal")
     spec = ObservationSpec(row_axis=row_axis, col_axis=col_axis)
     add_table(client)
-    camera, errors = Camera(client, spec), []
+    errors = []
     for offset in np.random.default_rng(0).uniform(-0.15, 0.15, (20, 2)):
         box = add_box(client, *offset, height=0.05, half=0.02)
-        depth = camera.depth((0, 0, 0.2))
+        depth = seen(client, spec, (0, 0, 0.2))
         p.removeBody(box, physicsClientId=client)
         errors.append(np.argwhere(depth < depth.max() - 0.02).mean(axis=0) - spec.pixel_of(offset))
     assert np.abs(errors).max() < 0.6
     assert np.abs(np.mean(errors, axis=0)).max() < 0.15, "no bias of half a pixel"
+
+
+def test_where_nothing_is_drawn_the_camera_sees_the_table(client: int) -> None:
+    add_box(client, 0.05, 0.02, height=0.06)
+    undrawn = seen(client, OBSERVATION, (0, 0, 0.2))
+    add_table(client)
+    np.testing.assert_allclose(undrawn, seen(client, OBSERVATION, (0, 0, 0.2)), atol=2e-4)
+
+
+@pytest.mark.parametrize("elevation", [15, 45, 90])
+def test_a_side_view_is_aimed_at_the_workspace_and_measures_along_its_axis(client: int, elevation: float) -> None:
+    spec = side_view(elevation).observation
+    add_table(client)
+    middle = spec.height // 2
+    depth = seen(client, spec, (0, 0, 0))
+    assert depth[middle, middle] == pytest.approx(spec.plane_above_tool_m, abs=0.02)
+    add_box(client, *WORKSPACE_CENTRE, height=0.1, half=0.05)
+    nearer = seen(client, spec, (0, 0, 0))[middle, middle]
+    expected = {15: 0.05 / np.cos(np.radians(15)), 45: 0.05 / np.cos(np.radians(45)), 90: 0.1}[int(elevation)]
+    assert depth[middle, middle] - nearer == pytest.approx(expected, abs=0.015)
+
+
+def test_a_side_view_from_straight_above_is_oriented_as_its_spec_says(client: int) -> None:
+    spec = side_view(90).observation
+    offset = np.array([0.1, 0.05])
+    add_table(client)
+    add_box(client, *(np.array(WORKSPACE_CENTRE) + offset), height=0.01, half=0.02)
+    depth = seen(client, spec, (0, 0, 0))
+    found = np.argwhere(depth < depth.max() - 0.005).mean(axis=0)
+    np.testing.assert_allclose(found, spec.pixel_of(offset), atol=1.5)
+
+
+def test_a_misplaced_camera_sees_the_scene_shifted(client: int) -> None:
+    add_box(client, 0.0, 0.0, height=0.05, half=0.02)
+    depth = seen(client, OBSERVATION, (0, 0, 0.2), Misplacement(x=0.02, y=-0.01))
+    found = np.argwhere(depth < depth.max() - 0.02).mean(axis=0)
+    np.testing.assert_allclose(found, OBSERVATION.pixel_of(np.array([-0.02, 0.01])), atol=1.0)

@@ -1,81 +1,190 @@
-"""Recorded datasets: what Minari reads back is what happened, with the contract beside it."""
+"""Collection: what is written is what happened, whoever acts, however many record, however often interrupted."""
 
+import dataclasses
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import minari
 import numpy as np
 import pytest
 
-from protos.spaces import SPEC
-from sim_client.collect import Collect, record, write
+from protos.spaces import ACTION, SPEC
+from serving.errors import PolicyRefused
+from sim_client import workers
+from sim_client.collect import Collect, Summary, collect
+from sim_client.episodes import Episode
+from sim_client.randomization import Randomization
+from sim_client.store import read, read_about
+from sim_client.world import World
+from tests.makers import tiny_policy_file
+from tests.sim_client.test_store import same
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Collect:
-    config = Collect(output=tmp_path_factory.mktemp("data") / "drawer", episodes=3, seed=4)
-    write(config, list(record(config)))
-    return config
+def collected(output: Path, **asked: Any) -> tuple[Summary, list[Episode]]:
+    summary = collect(Collect(output=output, **{"task": "block_picking", **asked}))
+    return summary, list(read(output))
 
 
-def test_minari_reads_back_every_value(config: Collect) -> None:
-    dataset = minari.MinariDataset(config.output / "data")
-    recorded = list(record(config))
-    assert dataset.total_episodes == 3
-    for stored, episode in zip(dataset.iterate_episodes(), recorded, strict=True):
-        np.testing.assert_array_equal(stored.observations["depth"], episode.depth)
-        np.testing.assert_array_equal(stored.observations["gripper"], episode.gripper)
-        np.testing.assert_array_equal(stored.actions, episode.action)
-        np.testing.assert_array_equal(stored.rewards, episode.reward)
-        assert stored.terminations[-1]
-        assert not stored.truncations.any()
+def test_what_is_written_is_what_happened(tmp_path: Path) -> None:
+    summary, episodes = collected(tmp_path / "d", episodes=3, seed=4)
+    assert (summary.episodes, summary.successes) == (3, 3)
+    assert summary.transitions == sum(map(len, episodes))
+    assert [e.seed for e in episodes] == [4_000_000, 4_000_001, 4_000_002]
+    assert all(e.terminated and not e.truncated and e.behavior == "expert" for e in episodes)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d"], "nothing else is left"
 
 
-def test_the_contract_travels_with_the_data(config: Collect) -> None:
-    metadata = minari.MinariDataset(config.output / "data").storage.metadata
-    assert metadata["contract_digest"] == SPEC.digest
-    assert metadata["contract"] == SPEC.to_json()
-    assert (metadata["task"], metadata["behavior"]) == ("drawer_opening", "expert")
+def test_the_contract_and_the_seed_travel_with_the_data(tmp_path: Path) -> None:
+    collected(tmp_path / "d", episodes=1, seed=4)
+    about = read_about(tmp_path / "d")
+    assert (about.spec, about.task, about.behavior, about.notes) == (SPEC, "block_picking", "expert", {"seed": 4})
 
 
-def test_the_environment_can_be_recovered(config: Collect) -> None:
-    env = minari.MinariDataset(config.output / "data").recover_environment()
+def test_the_environment_can_be_recovered_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(arm="kuka", randomize=Randomization(friction=0.2))
+    collected(tmp_path / "picking", episodes=1, world=world)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    dataset = minari.load_dataset("picking")
+    env = dataset.recover_environment()
     obs, _ = env.reset(seed=0)
-    assert obs["depth"].shape == SPEC.observation.shape
+    np.testing.assert_array_equal(obs["depth"], next(iter(read(tmp_path / "picking"))).depth[0])
+    assert env.unwrapped.randomization == world.randomize  # type: ignore[attr-defined]
     env.close()
 
 
 def test_transitions_are_exact_and_the_cut_episode_is_truncated(tmp_path: Path) -> None:
-    episodes = list(record(Collect(output=tmp_path / "x", transitions=10, seed=1)))
+    _, episodes = collected(tmp_path / "d", transitions=10, seed=1)
     assert sum(map(len, episodes)) == 10
-    assert episodes[-1].truncated
-    assert not episodes[-1].terminated
-    assert len(episodes[-1].depth) == len(episodes[-1]) + 1
+    assert (episodes[-1].terminated, episodes[-1].truncated) == (False, True)
 
 
-def test_an_existing_dataset_is_not_overwritten(config: Collect) -> None:
-    command = [sys.executable, "-m", "sim_client.collect", "--episodes", "1", "--output", str(config.output)]
+def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
+    asked = {"episodes": 4, "behavior": "mixed:expert=0.5,random=0.5"}
+    _, alone = collected(tmp_path / "one", workers=1, **asked)
+    _, together = collected(tmp_path / "two", workers=2, **asked)
+    assert all(same(*pair) for pair in zip(alone, together, strict=True))
+
+
+def test_failures_can_be_left_out(tmp_path: Path) -> None:
+    asked = {"episodes": 3, "behavior": "mixed:expert=0.5,random=0.5"}
+    _, kept = collected(tmp_path / "all", **asked)
+    _, won = collected(tmp_path / "won", keep_failures=False, **asked)
+    assert not all(e.success for e in kept)
+    assert all(e.success for e in won)
+    assert len(won) == 3
+
+
+def test_a_noisy_expert_is_clumsier_but_within_bounds(tmp_path: Path) -> None:
+    _, steady = collected(tmp_path / "steady", episodes=3)
+    _, noisy = collected(tmp_path / "noisy", episodes=3, behavior="noisy", noise=0.6)
+    assert np.mean([len(e) for e in noisy]) > np.mean([len(e) for e in steady])
+    actions = np.concatenate([e.action for e in noisy])
+    assert ACTION.magnitudes(actions).max() <= 1 + 1e-6
+    assert set(np.unique(actions[:, ACTION.slice_of("gripper")])) <= {0.0, 1.0}
+
+
+def test_chance_acts_evenly_and_within_bounds(tmp_path: Path) -> None:
+    _, episodes = collected(tmp_path / "d", transitions=100, behavior="random")
+    actions = np.concatenate([e.action for e in episodes])
+    assert ACTION.magnitudes(actions).max() <= 1 + 1e-6
+    assert np.abs(actions[:, ACTION.slice_of("planar")].mean(axis=0)).max() < 0.01
+
+
+def test_a_policy_file_can_act(tmp_path: Path) -> None:
+    policy = tiny_policy_file(tmp_path / "policy.onnx", SPEC)
+    _, episodes = collected(tmp_path / "d", transitions=3, behavior=f"policy:{policy}")
+    assert episodes[0].behavior == f"policy:{policy}"
+    with pytest.raises(PolicyRefused, match=r"nowhere\.onnx"):
+        collected(tmp_path / "e", episodes=1, behavior=f"policy:{tmp_path}/nowhere.onnx")
+
+
+def test_a_calibrated_behaviour_says_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim_client.calibrate.EPISODES", 6)
+    monkeypatch.setattr("sim_client.calibrate.ROUNDS", 3)
+    collected(tmp_path / "d", episodes=2, behavior="noisy", target_success=0.5)
+    notes = read_about(tmp_path / "d").notes
+    assert notes["target_success"] == 0.5
+    assert 0 <= notes["calibrated_success"] <= 1
+    assert notes["noise"] > 0
+
+
+def test_an_interrupted_collection_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Collect(output=tmp_path / "d", task="block_picking", episodes=4)
+    saved, save = [], workers.save
+
+    def dies_at_the_third(path: Path, episode: Episode) -> None:
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+        saved.append(path.stem)
+        save(path, episode)
+
+    monkeypatch.setattr(workers, "save", dies_at_the_third)
+    with pytest.raises(OSError, match="No space"):
+        collect(config)
+    assert not config.output.exists()
+    monkeypatch.setattr(workers, "save", lambda path, episode: (saved.append(path.stem), save(path, episode)))
+    collect(config)
+    assert saved == ["0000000", "0000001", "0000002", "0000003"], "no episode is run twice"
+    _, fresh = collected(tmp_path / "fresh", episodes=4)
+    assert all(same(*pair) for pair in zip(read(config.output), fresh, strict=True))
+
+
+def test_a_killed_collection_loses_at_most_the_running_episodes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sim_client.collect", "--task", "block_picking", "--episodes", "500"]
+    asked = ["--workers", "2", "--output", str(tmp_path / "d")]
+    process = subprocess.Popen([*command, *asked], start_new_session=True)
+    folder = tmp_path / ".d.partial"
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("*.npz"))) < 6 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    files = sorted(p.name for p in folder.glob("*.npz"))
+    assert len(files) >= 6
+    for file in files:
+        with np.load(folder / file) as whole:
+            assert len(whole["depth"]) == len(whole["action"]) + 1
+
+
+def test_what_was_left_of_another_collection_is_not_mixed_in(tmp_path: Path) -> None:
+    config = Collect(output=tmp_path / "d", task="block_picking", episodes=4)
+    request = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "workers")}
+    workers.Partial(config.output, json.loads(json.dumps(request, default=str)))
+    with pytest.raises(FileExistsError, match="differs in seed"):
+        collect(dataclasses.replace(config, seed=1))
+
+
+def test_an_existing_dataset_is_not_overwritten(tmp_path: Path) -> None:
+    collected(tmp_path / "d", episodes=1)
+    command = [sys.executable, "-m", "sim_client.collect", "--episodes", "1", "--output", str(tmp_path / "d")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "exists already" in done.stderr
-    assert minari.MinariDataset(config.output / "data").total_episodes == 3
+    assert "Traceback" not in done.stderr
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Collect(output=tmp_path / "half", episodes=1)
-    episodes = list(record(config))
-
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(minari, "create_dataset_from_buffers", full)
-    with pytest.raises(OSError, match="No space"):
-        write(config, episodes)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("bad", [{}, {"episodes": 1, "transitions": 1}, {"episodes": 0}, {"episodes": 1, "seed": -1}])
-def test_contradictory_requests_are_refused(bad: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"give either|nothing to record|negative"):
-        Collect(output=Path("unused"), **bad)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({}, "give either"),
+        ({"episodes": 1, "transitions": 1}, "give either"),
+        ({"episodes": 0}, "nothing to record"),
+        ({"episodes": 1, "seed": -1}, "must not be negative"),
+        ({"episodes": 1, "workers": 0}, "at least 1"),
+        ({"episodes": 1, "behavior": "clever"}, "no behaviour"),
+        ({"episodes": 1, "behavior": "mixed:expert=0.5,random=0.2"}, "sum to 1"),
+        ({"episodes": 1, "behavior": "mixed:expert=half"}, "mixed:expert="),
+        ({"episodes": 1, "behavior": "noisy"}, "one of --noise"),
+        ({"episodes": 1, "noise": 0.3}, "one of --noise"),
+        ({"episodes": 1, "behavior": "noisy", "target_success": 1.2}, "between 0 and 1"),
+    ],
+)
+def test_contradictory_requests_are_refused(bad: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Collect(output=Path("unused"), **bad)

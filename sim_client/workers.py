@@ -1,0 +1,107 @@
+"""Episodes by number: recorded by several processes, kept on disk until all are there, the same however many record."""
+
+import io
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from protos.files import write_atomically
+from sim_client.episodes import Episode
+
+Record = Callable[[int], Episode]
+"""Runs the episode of this number."""
+
+_record: Record | None = None  # of this worker process
+
+
+class Partial:
+    """The episodes of a collection that is not finished: one file each, next to where the dataset will be."""
+
+    def __init__(self, output: Path, request: dict[str, Any]) -> None:
+        """Open, or start, what an earlier run with the same `request` left.
+
+        Raises:
+            FileExistsError: what was left was asked for differently.
+        """
+        self.folder = output.with_name(f".{output.name}.partial")
+        asked, ours = self.folder / "request.json", json.dumps(request, sort_keys=True, indent=2)
+        if asked.exists() and asked.read_text() != ours:
+            before = json.loads(asked.read_text())
+            differ = sorted(k for k in before.keys() | request.keys() if before.get(k) != request.get(k))
+            raise FileExistsError(
+                f"{self.folder} holds an interrupted collection that differs in {', '.join(differ)}: "
+                f"finish that one with its own settings, or remove the folder"
+            )
+        write_atomically(asked, ours.encode())
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"{index:07d}.npz"
+
+    def load(self, index: int) -> Episode:
+        with np.load(self.path(index), allow_pickle=False) as file:
+            values = {name: file[name] for name in file.files}
+        scalars = {name: values.pop(name).item() for name in ("terminated", "truncated", "seed", "behavior")}
+        return Episode(**values, **scalars)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+def save(path: Path, episode: Episode) -> None:
+    """Write one episode, whole or not at all."""
+    values = {name: value for name, value in vars(episode).items() if value is not None}
+    buffer = io.BytesIO()
+    np.savez(buffer, **values)
+    write_atomically(path, buffer.getvalue())
+
+
+def episodes(partial: Partial, make: Callable[[], Record], workers: int) -> Iterator[Episode]:
+    """Episodes 0, 1, 2, ... without end, in order; those on disk are not run again.
+
+    `make` builds a worker's recorder, once per process; it must be picklable when there are several workers.
+    """
+    if workers == 1:
+        record: Record | None = None
+        index = 0
+        while True:
+            if not partial.path(index).exists():
+                record = record or make()
+                save(partial.path(index), record(index))
+            yield partial.load(index)
+            index += 1
+    else:
+        yield from _parallel(partial, make, workers)
+
+
+def _parallel(partial: Partial, make: Callable[[], Record], workers: int) -> Iterator[Episode]:
+    # spawn: a forked child would share the parent's physics clients
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make,))
+    try:
+        ahead: list[Future[None]] = []
+        index = 0
+        while True:
+            while len(ahead) < 2 * workers:  # enough that nobody waits, little enough that little is run in vain
+                ahead.append(pool.submit(_run, partial.path(index + len(ahead))))
+            ahead.pop(0).result()
+            yield partial.load(index)
+            index += 1
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(make: Callable[[], Record]) -> None:
+    global _record
+    _record = make()
+
+
+def _run(path: Path) -> None:
+    assert _record is not None  # `_start` ran first
+    if not path.exists():
+        save(path, _record(int(path.stem)))

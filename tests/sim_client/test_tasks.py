@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import gymnasium
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import RecordVideo
 
 from protos.spaces import ACTION, OBSERVATION
 from protos.symmetry import Element
@@ -212,6 +214,15 @@ def test_vector_environments_work() -> None:
     np.testing.assert_array_equal(obs["depth"][1], alone.reset(seed=2)[0]["depth"])
     envs.close()
     alone.close()
+
+
+def test_videos_can_be_recorded(tmp_path: Path) -> None:
+    env: Env = RecordVideo(gymnasium.make(ENV_IDS["block_picking"], render_mode="rgb_array"), str(tmp_path))
+    env.reset(seed=0)
+    for _ in range(3):
+        env.step(expert(env))
+    env.close()
+    assert [file.stat().st_size > 1000 for file in tmp_path.glob("*.mp4")] == [True]
 
 
 def test_looking_does_not_change_what_the_robot_sees() -> None:

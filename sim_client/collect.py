@@ -153,6 +153,7 @@ class Summary:
     successes: int
     transitions: int
     seconds: float
+    disk_bytes: int
 
 
 def collect(config: Collect) -> Summary:
@@ -186,7 +187,8 @@ def collect(config: Collect) -> Summary:
     write(config.output, watched(), dataclasses.replace(about, notes=notes))
     partial.remove()
     lengths, successes = zip(*recorded, strict=True)
-    return Summary(len(recorded), sum(successes), sum(lengths), time.perf_counter() - start)
+    disk_bytes = sum(file.stat().st_size for file in config.output.rglob("*") if file.is_file())
+    return Summary(len(recorded), sum(successes), sum(lengths), time.perf_counter() - start, disk_bytes)
 
 
 def _noisy_recorder(config: Collect, noise: float, first_seed: int) -> Record:
@@ -205,7 +207,8 @@ def main() -> int:
         return 1
     print(
         f"{config.output}: {done.episodes} episodes, {done.transitions} transitions, {done.successes} successful, "
-        f"mean length {done.transitions / done.episodes:.1f}, {done.transitions / done.seconds:.0f} control steps/s"
+        f"mean length {done.transitions / done.episodes:.1f}, {done.transitions / done.seconds:.0f} control steps/s, "
+        f"{done.disk_bytes / done.transitions / 1000:.1f} kB on disk per transition"
     )
     return 0
 

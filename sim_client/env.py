@@ -71,11 +71,10 @@ class TabletopEnv(gymnasium.Env[Obs, NDArray[np.float32]]):
         self._traits = traits
         p.resetSimulation(physicsClientId=self._client)
         in_full = self.spec_of_policy.observation.view is View.SIDE
-        self.arm, self.task = self._build_scene(self._client, in_full=in_full)
-        self._clutter = Clutter(self._client, self.randomization.distractors)
+        self.arm, self.task, self._clutter = self._build_scene(self._client, in_full=in_full)
 
-    def _build_scene(self, client: int, *, in_full: bool) -> tuple[Arm, Task]:
-        """Table, arm and task, always in this order. What the top-down camera need not see is drawn only `in_full`."""
+    def _build_scene(self, client: int, *, in_full: bool) -> tuple[Arm, Task, Clutter]:
+        """Table, arm, task, clutter, always in this order. What the top-down camera need not see is drawn `in_full`."""
         p.setTimeStep(1 / PHYSICS_HZ, physicsClientId=client)
         p.setGravity(0, 0, -GRAVITY_M_S2, physicsClientId=client)
         # Bullet's 20 mm and 50 iterations keep contacts alive that are none; half of a step's time went there.
@@ -93,7 +92,8 @@ class TabletopEnv(gymnasium.Env[Obs, NDArray[np.float32]]):
         )  # fmt: skip
         # Bullet multiplies the friction of two bodies; with 1 here a body's own is its friction on the table.
         p.changeDynamics(table, -1, lateralFriction=1.0, physicsClientId=client)
-        return Arm(client, self._arm_name, meshes=in_full), self._make_task(client, self._traits)
+        arm = Arm(client, self._arm_name, meshes=in_full)
+        return arm, self._make_task(client, self._traits), Clutter(client, self.randomization.distractors)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Obs, dict[str, Any]]:
         super().reset(seed=seed)

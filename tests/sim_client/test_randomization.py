@@ -123,6 +123,16 @@ def test_distractors_lie_about_and_leave_the_task_alone() -> None:
     env.close()
 
 
+def test_people_see_the_distractors_too() -> None:
+    frames = []
+    for count in (0, 6):
+        env = TabletopEnv("block_picking", randomize={"distractors": count}, render_mode="rgb_array")
+        env.reset(seed=1)
+        frames.append(env.render())
+        env.close()
+    assert np.abs(frames[0].astype(int) - frames[1]).max() > 30  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("bad", [{"friction": 1.5}, {"size": -0.1}, {"missing_pixels": 0.9}, {"latency_s": 1.0}])
 def test_worlds_that_cannot_be_are_refused_by_name(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"randomize.{next(iter(bad))} must be between"):

@@ -14,22 +14,22 @@ from protos.spaces import Pose
 from sim_client.arm import Arm
 from sim_client.objects import Traits
 from sim_client.tasks.placing import Point, direction, in_disc, start_pose
-from sim_client.tasks.skills import LIMIT, LOW_M, NEAR_M, act, grasp
+from sim_client.tasks.skills import LIMIT, LOW_M, act, grasp
 
 ASSET = Path(__file__).parent.parent / "assets" / "drawer.urdf"
-HANDLE_OUT_M, HANDLE_UP_M = 0.136, 0.045  # of the handle bar from the cabinet's base, as in the URDF
+HANDLE_OUT_M, HANDLE_UP_M = 0.1, 0.045  # where to take the fin, from the cabinet's base, as in the URDF
 OPEN_ENOUGH_M = 0.09
 """The drawer counts as open from here; its slide is 0.11 long."""
 SETTLED_M_S = 0.05
 SLIDE_FRICTION_N = 2.0
-HANDLE_FRICTION = 0.8
+HANDLE_FRICTION = 0.4
 TRAY_KG = 0.4
 
 SPREAD_M = 0.09
 """The middle of the pull lies within this radius of the workspace's centre: as hard from every side."""
 WRIST_SPREAD_RAD = math.pi / 3  # the next grasp is half a turn away
-GRASP_OUT_M = 0.010
-"""Both fingers pass the bar with the most room when the tool is a centimetre outside it."""
+SLIPPED_M = 0.02
+"""While the fingers are this close to where they took it, they still have it."""
 
 
 class DrawerOpening:
@@ -58,21 +58,19 @@ class DrawerOpening:
         turned = p.getQuaternionFromEuler((0, 0, self.orientation))
         p.resetBasePositionAndOrientation(self._body, (*self._centre, 0), turned, physicsClientId=self._client)
         p.resetJointState(self._body, 0, 0.0, physicsClientId=self._client)
-        return start_pose(rng, turn, self._grasp_yaw, WRIST_SPREAD_RAD)
+        return start_pose(rng, turn, self.orientation, WRIST_SPREAD_RAD)
 
     def succeeded(self, arm: Arm) -> bool:
         opened, speed = self._slide
         return opened >= self._open_enough_m and abs(speed) < SETTLED_M_S
 
     def expert(self, arm: Arm) -> NDArray[np.float32]:
-        """Take the handle, the fingers on either side of it, and pull."""
+        """Take the fin, a finger on either side of it, and pull."""
         tool, handle_up = arm.tool_pose(), HANDLE_UP_M * self._size
-        at = self._handle + GRASP_OUT_M * self._outward
-        # Closing draws the bar between the pads, a centimetre inwards of the open grasp.
-        near = np.linalg.norm(at - (tool.x, tool.y)) < 2 * NEAR_M + GRASP_OUT_M
-        if arm.holding and near and tool.z < handle_up + LOW_M:
+        has = np.linalg.norm(self._handle - (tool.x, tool.y)) < SLIPPED_M
+        if arm.holding and has and tool.z < handle_up + LOW_M:
             return act(opening=0.0, planar=LIMIT["planar"] * self._outward)
-        return grasp(arm, np.array([*at, handle_up]), self._grasp_yaw, math.pi)
+        return grasp(arm, np.array([*self._handle, handle_up]), self.orientation, math.pi)
 
     def footprints(self) -> list[tuple[Point, float]]:
         return [(self._centre, 0.11 * self._size), (self._centre + 0.2 * self._outward, 0.13)]
@@ -93,8 +91,3 @@ class DrawerOpening:
     def _slide(self) -> tuple[float, float]:
         """How far the drawer is open, and how fast it moves: m, m/s."""
         return p.getJointState(self._body, 0, physicsClientId=self._client)[:2]
-
-    @property
-    def _grasp_yaw(self) -> float:
-        """The fingers move along the tool's y axis; they close across the bar when that lies along the slide."""
-        return self.orientation + math.pi / 2

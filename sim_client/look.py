@@ -25,7 +25,7 @@ class Look:
     Turned counter-clockwise seen from above, everything in the depth view, the arrow included, must turn
     counter-clockwise by the same angle.
 
-    Example: python -m sim_client.look --output docs/images/drawer_opening.png
+    Example: python -m sim_client.look --output docs/images/turned.png
     """
 
     output: Path

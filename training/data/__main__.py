@@ -230,7 +230,7 @@ Command = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    command = tyro.cli(Command, args=argv, prog="python -m training.data", description=__doc__)  # type: ignore[call-overload]
+    command = tyro.cli(Command, args=argv, prog="python -m training.data", description=__doc__)
     try:
         return int(command.run())
     except (Rejected, OSError) as error:

@@ -38,8 +38,8 @@ class Geometry:
             raise Rejected("gripper", "one number per frame", f"{gripper.shape[1]} of them")
         action = _numbers("action", raw.action)
         episode = Episode(
-            depth=np.float32(self.depth_slope * depth + self.depth_offset_m),
-            gripper=np.float32((gripper - self.gripper_zero) / (self.gripper_one - self.gripper_zero)),
+            depth=(self.depth_slope * depth + self.depth_offset_m).astype(np.float32),
+            gripper=((gripper - self.gripper_zero) / (self.gripper_one - self.gripper_zero)).astype(np.float32),
             action=self._action(action),
             reward=np.zeros(len(action), np.float32),
             terminated=False,
@@ -59,7 +59,7 @@ class Geometry:
         if needed is None:
             raise Rejected(self.success, f"in the source: success.from is {self.success!r}", "nothing")
         if self.success == "reward":
-            reward = np.float32(_numbers("reward", needed).reshape(-1))
+            reward = _numbers("reward", needed).reshape(-1).astype(np.float32)
             success = bool(len(reward) and reward[-1] > 0)
         else:
             done = needed.reshape(-1).astype(bool)

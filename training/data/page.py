@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
+from matplotlib.patheffects import AbstractPathEffect, withStroke
 
 from protos.files import write_atomically
 from protos.spaces import Kind, PolicySpec
@@ -124,7 +124,7 @@ def charts(survey: Survey) -> Figure:
     grid = figure.add_gridspec(2, 4)
     for column, (name, values) in enumerate((("episode length", survey.lengths), ("return", survey.returns))):
         axis = figure.add_subplot(grid[0, column])
-        axis.hist(values, bins=10)
+        axis.hist(np.array(values), bins=10)
         axis.set(title=name, ylabel="episodes")
     for column, field in enumerate(fields):
         axis = figure.add_subplot(grid[1, column])
@@ -162,8 +162,8 @@ def _caption(episode: Episode, spec: PolicySpec, step: int) -> str:
     state = f"step {step}, {spec.observation.gripper.value} {episode.gripper[step, 0]:.2g}"
     if step == len(episode):
         return f"{state}\nend"
-    told = dict(zip(spec.action.components, episode.action[step], strict=True))
-    return f"{state}\n" + ", ".join(f"{n} {round(float(told[n]), 3):g}" for n in ("p", "dz", "dtheta") if n in told)
+    told = dict(zip(spec.action.components, np.round(episode.action[step], 3) + 0.0, strict=True))
+    return f"{state}\n" + ", ".join(f"{name} {told[name]:g}" for name in ("p", "dz", "dtheta") if name in told)
 
 
 def _arrow(axis: Axes, spec: PolicySpec, planar: np.ndarray) -> None:
@@ -183,7 +183,7 @@ def _world_axes(axis: Axes, spec: PolicySpec) -> None:
 
 def _draw(axis: Axes, spec: PolicySpec, tail: np.ndarray, head: np.ndarray, colour: str, name: str) -> None:
     start, end = (spec.observation.pixel_of(point)[::-1] for point in (tail, head))
-    seen = [withStroke(linewidth=3, foreground="black")]  # on near and on far ground alike
+    seen: list[AbstractPathEffect] = [withStroke(linewidth=3, foreground="black")]  # on near and on far ground alike
     arrow = {"color": colour, "arrowstyle": "->", "lw": 1.5, "shrinkA": 0, "shrinkB": 0, "path_effects": seen}
     axis.annotate("", (end[0], end[1]), (start[0], start[1]), arrowprops=arrow)
     if name:

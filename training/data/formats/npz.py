@@ -119,7 +119,7 @@ def write(path: Path, episodes: Iterable[Episode], about: About) -> None:
         "about": np.array(about_to_json(about)),
     }
     with whole(path) as made, made.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # allow_pickle is not among the arrays
+        np.savez_compressed(file, **arrays)
 
 
 _PER_FRAME_OR_STEP = ("depth", "gripper", "action", "reward")

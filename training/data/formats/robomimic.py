@@ -121,7 +121,7 @@ def _write_demo(group: Any, episode: Episode, spec: PolicySpec) -> None:
     group["rewards"] = episode.reward
     group["dones"] = np.array([0] * (len(episode) - 1) + [int(episode.terminated)], np.int64)
     group["states"] = np.zeros((len(episode), 0))  # robomimic plays MuJoCo states back; there are none
-    frames = {NAMES["depth"]: episode.depth[..., None], NAMES["gripper"]: episode.gripper}
+    frames: dict[str, Array] = {NAMES["depth"]: episode.depth[..., None], NAMES["gripper"]: episode.gripper}
     if episode.rgb is not None:
         frames[NAMES["rgb"]] = episode.rgb
     for name, values in frames.items():

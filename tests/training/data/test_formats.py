@@ -95,7 +95,7 @@ def test_robomimic_filter_keys_are_tolerated_and_demonstrations_come_in_their_or
 
 
 def foreign_robomimic(path: Path, *, next_obs: bool) -> Path:
-    """As a lab might have it: millimetres in uint16, normalised actions of seven columns, success held for three steps."""
+    """As a lab might have it: millimetres in uint16, seven columns normalised, success held for three steps."""
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
         data.attrs["env_args"] = "{}"

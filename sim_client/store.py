@@ -10,6 +10,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from gymnasium.error import Error as GymError
 from gymnasium.spaces import Box, Dict
 
 from protos.errors import Rejected
@@ -228,7 +229,7 @@ def _open(path: Path) -> Any:
         raise Rejected(str(path), "a Minari dataset's directory", got, remedy)
     try:
         return minari.MinariDataset(folder)
-    except (ValueError, OSError, KeyError, TypeError, AssertionError, AttributeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AssertionError, AttributeError, ImportError, GymError) as error:
         raise Rejected(
             str(path), "a Minari dataset", f"{type(error).__name__}: {error}", "collect or import it again"
         ) from error

@@ -10,6 +10,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from gymnasium.error import Error as GymError
 from gymnasium.spaces import Box, Dict
 
 from protos.errors import Rejected
@@ -191,20 +192,31 @@ def read(path: Path) -> Iterator[Episode]:
         Rejected: naming the file, and the episode, step and field of the first thing that is wrong.
     """
     spec, stored = read_about(path).spec, _open(path)
+    index = 0
     try:
-        metadata = list(stored.storage.get_episode_metadata(range(stored.total_episodes)))
-        if not metadata:
-            raise Rejected(str(path), "at least one episode", "none", "collect or import it again")
-        for index, raw in enumerate(stored.iterate_episodes()):
+        _require_all(path, stored.total_episodes)
+        metadata = stored.storage.get_episode_metadata(range(stored.total_episodes))
+        for raw, told in zip(stored.iterate_episodes(), metadata, strict=True):
             try:
-                yield _parse(raw, metadata[index], spec, f"episode {index}")
+                yield _parse(raw, told, spec, f"episode {index}")
             except Rejected as error:
                 raise Rejected(f"{path}, {error.field}", error.expected, error.got, error.remedy) from error
+            index += 1
     except (OSError, KeyError, RuntimeError, AttributeError, AssertionError, TypeError) as error:
         # What h5py and Minari say of a file that is cut short, or lacks or misnames a group.
-        raise Rejected(
-            str(path), "an undamaged main_data.hdf5", f"{type(error).__name__}: {error}", "copy or collect it again"
-        ) from error
+        got = f"{type(error).__name__}: {error}"
+        remedy = "copy or collect it again"
+        raise Rejected(f"{path}, episode {index}", "an undamaged main_data.hdf5", got, remedy) from error
+
+
+def _require_all(path: Path, told: int) -> None:
+    """Minari reads as many episodes as its metadata tells of: fewer than the file holds would go unseen."""
+    with h5py.File((path / "data" if (path / "data").is_dir() else path) / "main_data.hdf5", "r") as file:
+        held = sum(name.startswith("episode_") for name in file)
+    if not held:
+        raise Rejected(str(path), "at least one episode", "none", "collect or import it again")
+    if held != told:
+        raise Rejected(f"{path}, metadata.total_episodes", f"{held}, as main_data.hdf5 holds", str(told))
 
 
 def _open(path: Path) -> Any:
@@ -212,12 +224,12 @@ def _open(path: Path) -> Any:
 
     folder = path / "data" if (path / "data").is_dir() else path
     if not folder.is_dir():
-        raise Rejected(
-            str(path), "a Minari dataset's directory", "nothing there", "python -m sim_client.collect makes one"
-        )
+        got = "a file" if path.is_file() else "nothing there"
+        remedy = "python -m " + ("training.data import" if path.is_file() else "sim_client.collect") + " makes one"
+        raise Rejected(str(path), "a Minari dataset's directory", got, remedy)
     try:
         return minari.MinariDataset(folder)
-    except (ValueError, OSError, KeyError, TypeError, AssertionError, AttributeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AssertionError, AttributeError, ImportError, GymError) as error:
         raise Rejected(
             str(path), "a Minari dataset", f"{type(error).__name__}: {error}", "collect or import it again"
         ) from error

@@ -1,0 +1,217 @@
+"""`python -m training.data`: what it says, what it writes, how it exits."""
+
+import base64
+import io
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from protos.spaces import SPEC as DEFAULT_SPEC
+from sim_client import store
+from sim_client.episodes import Episode
+from tests.training.data.makers import ABOUT, REPOSITORY, SPEC, assert_same, episode, minari
+from training.data.__main__ import draw, main
+from training.data.page import bars, charts, filmstrip
+from training.data.survey import SECTORS, Survey
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return minari(tmp_path_factory.mktemp("data") / "set", 8)
+
+
+def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "training.data", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+
+
+def test_help_teaches_each_command_with_an_example() -> None:
+    said = command("--help").stdout
+    for name in ("validate", "inspect", "import", "export", "split"):
+        assert f"Example: python -m training.data {name} " in said
+
+
+def test_a_mistake_is_one_line_without_a_traceback(tmp_path: Path) -> None:
+    answer = command("inspect", str(tmp_path / "nowhere"))
+    assert answer.returncode == 2
+    assert answer.stderr == f"refused: {tmp_path}/nowhere: expected a dataset, got nothing there; " + (
+        "python -m sim_client.collect makes one\n"
+    )
+
+
+def test_neither_torch_nor_a_simulator_is_imported(path: Path) -> None:
+    heavy = "{'torch', 'e2cnn', 'pybullet'} & set(sys.modules)"
+    code = f"import sys; from training.data.__main__ import main; main(['inspect', {str(path)!r}]); print({heavy})"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert said.stdout.endswith("\nset()\n")
+
+
+def test_usage_errors_exit_with_2() -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "somewhere"])
+    assert stop.value.code == 2
+
+
+def test_validate_counts_what_is_good(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(path)]) == 0
+    told = capsys.readouterr()
+    assert told.out == (f"{path}: good; 8 episodes, 29 transitions, 4 successful, contract {SPEC.digest[:16]}\n")
+    assert told.err == ""
+
+
+def suspicious(change: str) -> Episode:
+    made = episode(0)
+    if change == "dead camera":
+        return replace(made, depth=np.repeat(made.depth[:1], len(made.depth), axis=0))
+    if change == "no success":
+        return replace(made, reward=made.reward * 0)
+    if change == "empty gripper":
+        return replace(made, gripper=made.gripper * 0)
+    if change == "no motion":
+        return replace(made, action=made.action * np.float32([1, 0, 0, 0, 0]))
+    return replace(made, action=np.abs(made.action))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("dead camera", "depth image never changes within 1 episodes (0)"),
+        ("no success", "no episode succeeds"),
+        ("empty gripper", "gripper's state never reaches 1 (at most 0)"),
+        ("no motion", "all motions are zero"),
+        ("one quadrant", "of 8 sectors of the circle"),
+    ],
+)
+def test_validate_warns_of_what_is_legal_but_suspicious(
+    change: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.write(tmp_path / "set", [suspicious(change)], ABOUT)
+    assert main(["validate", str(tmp_path / "set")]) == 0
+    assert said in capsys.readouterr().err
+
+
+def test_inspect_tells_counts_distributions_coverage_and_bytes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(path)]) == 0
+    said = capsys.readouterr().out
+    for expected in (
+        "8, 4 successful (50%)",
+        "behavior expert: 4 episodes, 4 successful",
+        "behavior random: 4 episodes, 0 successful",
+        "min 2, median 3.5, mean 3.62, max 6",
+        "on disk",
+        *(f.name for f in SPEC.action.fields),
+        "315-360 deg",
+    ):
+        assert expected in said
+
+
+def test_the_survey_counts_every_step_once_and_directions_by_sector() -> None:
+    made = episode(0)
+    turns = (np.arange(SECTORS) + 0.5) * 2 * np.pi / SECTORS
+    action = np.zeros((SECTORS, 5), np.float32)
+    action[:, 1], action[:, 2] = 0.04 * np.cos(turns), 0.04 * np.sin(turns)
+    frames = {"depth": np.zeros((SECTORS + 1, 16, 16), np.float32), "gripper": np.ones((SECTORS + 1, 1), np.float32)}
+    survey = Survey.of(SPEC, [replace(made, **frames, action=action, reward=np.ones(SECTORS, np.float32))])
+    assert survey.sectors.tolist() == [1] * SECTORS
+    assert survey.covered == SECTORS
+    assert all(counts.sum() == SECTORS for counts in survey.histograms.values())
+    assert survey.histograms["planar"][15:17].sum() == SECTORS  # 0.8 of the radius, on the edge of two bins
+
+
+def test_bars_show_what_is_there() -> None:
+    assert bars(np.array([0, 1, 1000])) == " ▁█"
+    assert bars(np.zeros(3, int)) == "   "
+
+
+def test_the_page_is_one_file_with_pictures_and_numbers(path: Path, tmp_path: Path) -> None:
+    page = tmp_path / "pages" / "set.html"
+    assert main(["inspect", str(path), "--html", str(page)]) == 0
+    text = page.read_text()
+    pictures = re.findall(r"data:image/png;base64,([^']+)'", text)
+    assert len(pictures) == 1 + 6  # charts, and a filmstrip of each of the first six episodes
+    for picture in pictures:
+        pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(picture)))
+        assert pixels.std() > 0.05
+    assert "8, 4 successful (50%)" in text
+    assert "episode 5: 2 steps, failure, random" in text
+    assert "http" not in text  # nothing is fetched
+    assert [p.name for p in page.parent.iterdir()] == ["set.html"]
+
+
+def test_arrows_point_where_the_scene_moves() -> None:
+    """A target at +x of the gripper lies above the middle of the default view: an arrow to it points up."""
+    view = DEFAULT_SPEC.observation
+    made = Episode(
+        depth=np.random.default_rng(0).uniform(0, 0.5, (2, *view.shape)).astype(np.float32),
+        gripper=np.zeros((2, 1), np.float32),
+        action=np.array([[1, 0.05, 0, 0, 0]], np.float32),
+        reward=np.zeros(1, np.float32),
+        terminated=False,
+        truncated=True,
+    )
+    first = filmstrip(made, DEFAULT_SPEC).axes[0]
+    arrow = next(text for text in first.texts if text.arrow_patch is not None)  # type: ignore[attr-defined]
+    (head_col, head_row), (tail_col, tail_row) = arrow.xy, arrow.xyann  # type: ignore[attr-defined]
+    assert head_col == pytest.approx(tail_col)
+    assert tail_row - head_row == pytest.approx(0.05 / (view.extent_m / view.height))
+
+
+def test_charts_have_a_panel_per_field() -> None:
+    titles = {axis.get_title() for axis in charts(Survey.of(SPEC, [episode(0)])).axes}
+    assert {"gripper", "planar, length", "lift", "yaw", "episode length", "return"} <= titles
+
+
+@pytest.mark.parametrize(("kind", "name"), [("npz", "out.npz"), ("robomimic", "out.hdf5"), ("lerobot", "out")])
+def test_export_and_import_give_back_the_dataset(
+    kind: str, name: str, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, back = tmp_path / name, tmp_path / "back"
+    assert main(["export", str(path), "--format", kind, "--output", str(out)]) == 0
+    assert main(["import", str(out), "--output", str(back)]) == 0
+    assert capsys.readouterr().out.endswith(f"{back}: 8 episodes, 29 transitions, 4 successful\n")
+    assert_same(list(store.read(back)), list(store.read(path)))
+    assert main(["export", str(path), "--format", kind, "--output", str(out)]) == 2  # it exists
+
+
+def test_split_divides_whole_episodes_evenly_and_the_same_way_again(path: Path, tmp_path: Path) -> None:
+    for run in ("one", "two"):
+        a, b = tmp_path / run / "a", tmp_path / run / "b"
+        arguments = ["--share", "0.75", "--seed", "3", "--output-a", str(a), "--output-b", str(b)]
+        assert main(["split", str(path), *arguments]) == 0
+    first, second = list(store.read(tmp_path / "one/a")), list(store.read(tmp_path / "one/b"))
+    assert [e.success for e in first].count(True) == 3
+    assert [e.success for e in second].count(True) == 1
+    assert len(first) == 6
+    lost = {e.depth.tobytes() for e in store.read(path)} ^ {e.depth.tobytes() for e in first + second}
+    assert not lost
+    assert_same(first, list(store.read(tmp_path / "two/a")))
+    assert store.read_about(tmp_path / "one/a").notes["split"] == {
+        "of": ABOUT.dataset_id,
+        "share": 0.75,
+        "seed": 3,
+    }
+
+
+@pytest.mark.parametrize("arguments", [["--share", "1.0"], ["--share", "0.01"]])
+def test_a_split_with_an_empty_part_is_refused(arguments: list[str], path: Path, tmp_path: Path) -> None:
+    outputs = ["--output-a", str(tmp_path / "a"), "--output-b", str(tmp_path / "b")]
+    assert main(["split", str(path), *arguments, *outputs]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_seed_draws_other_episodes() -> None:
+    outcomes = [True, False] * 20
+    assert draw(outcomes, 0.5, 0) == draw(outcomes, 0.5, 0)
+    assert draw(outcomes, 0.5, 0) != draw(outcomes, 0.5, 1)

@@ -1,0 +1,245 @@
+"""Datasets on disk: look at them, check them, convert them, divide them. `python -m training.data --help`."""
+
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from protos.errors import Rejected
+from protos.spaces import PolicySpec
+from sim_client.episodes import Episode
+from sim_client.store import About
+from training.data.convert import Foreign, detect, open_dataset, write_dataset
+from training.data.geometry import Geometry
+from training.data.geometry_file import read_geometry
+from training.data.survey import Survey
+
+BROKEN, REFUSED = 1, 2
+SHOWN_EPISODES = 6
+
+
+@dataclass(frozen=True)
+class Validate:
+    """Check every value of a dataset against its contract, and name the first bad episode, step and field.
+
+    Reads Minari directories, and npz, robomimic and LeRobot datasets. Exit code 0: good (what is legal but suspicious
+    is a warning on stderr); 1: broken; 2: the command itself could not be carried out.
+
+    Example: python -m training.data validate runs/drawer20
+    """
+
+    path: tyro.conf.Positional[Path]
+    """The dataset."""
+    contract: Path | None = None
+    """JSON of the contract that the data must have, as PolicySpec.to_json writes it; left out: the dataset's own."""
+    geometry: Path | None = None
+    """What the numbers of foreign data mean (docs/camera.toml); only for data that carry no contract."""
+
+    def run(self) -> int:
+        wanted = None if self.contract is None else _contract(self.contract)
+        geometry = _geometry(self.geometry)
+        try:
+            about, episodes = open_dataset(self.path, geometry=geometry)
+            if wanted is not None:
+                wanted.require_same(about.spec, str(self.path))
+            survey = Survey.of(about.spec, episodes)
+        except Rejected as error:
+            where = "" if str(self.path) in error.field else f"{self.path}, "
+            print(f"broken: {where}{error}", file=sys.stderr)
+            return BROKEN
+        for warning in survey.warnings():
+            print(f"warning: {self.path}: {warning}", file=sys.stderr)
+        print(
+            f"{self.path}: good; {len(survey.lengths)} episodes, {survey.steps} transitions, "
+            f"{sum(survey.successes)} successful, contract {about.spec.digest[:16]}"
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Say what a dataset holds: counts, lengths, returns, actions, the directions of motion, its size on disk.
+
+    Example: python -m training.data inspect runs/drawer20 --html runs/drawer20.html
+    """
+
+    path: tyro.conf.Positional[Path]
+    """The dataset, in any format that `import` reads."""
+    html: Path | None = None
+    """Also write a page with charts and depth filmstrips, one self-contained file."""
+
+    def run(self) -> int:
+        from training.data.page import text, write_page  # matplotlib takes as long to load as all the rest
+
+        about, episodes = open_dataset(self.path)
+        kept: list[Episode] = []
+        survey = Survey.of(about.spec, _keep_first(episodes, kept))
+        files = [self.path] if self.path.is_file() else [f for f in self.path.rglob("*") if f.is_file()]
+        disk_bytes = sum(f.stat().st_size for f in files)
+        print(text(self.path, about, survey, disk_bytes))
+        if self.html is not None:
+            write_page(self.html, self.path, about, survey, disk_bytes, kept)
+            print(self.html)
+        return 0
+
+
+def _keep_first(episodes: Iterator[Episode], kept: list[Episode]) -> Iterator[Episode]:
+    for episode in episodes:
+        if len(kept) < SHOWN_EPISODES:
+            kept.append(episode)
+        yield episode
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a dataset in another format. The contract travels along, so that `import` gives back every value.
+
+    Example: python -m training.data export runs/drawer20 --format robomimic --output runs/drawer20.hdf5
+    """
+
+    path: tyro.conf.Positional[Path]
+    """The dataset, a directory that sim_client.collect or `import` made."""
+    format: Foreign
+    """npz and robomimic are one file, lerobot is a directory (LeRobotDataset v3.0). See docs/data.md."""
+    output: Path
+    """Where to; must not exist."""
+
+    def run(self) -> int:
+        about, episodes = open_dataset(self.path, "minari")
+        return _convert(self.output, self.format, about, episodes)
+
+
+@dataclass(frozen=True)
+class Import:
+    """Make a dataset to train from out of npz, robomimic or LeRobot data, checked against its contract value by value.
+
+    Data that `export` wrote need no geometry. For data from elsewhere --geometry says what the numbers mean.
+
+    Example: python -m training.data import lab.npz --geometry camera.toml --output runs/lab
+    """
+
+    source: tyro.conf.Positional[Path]
+    """A .npz file, a robomimic .hdf5 file or a LeRobotDataset's directory (v3.0 or v2.1)."""
+    output: Path
+    """Directory of the new Minari dataset; must not exist."""
+    format: Foreign | None = None
+    """Left out: by the source's name and files."""
+    geometry: Path | None = None
+    """The view, the units and the names of the source, as docs/camera.toml explains them."""
+
+    def run(self) -> int:
+        kind = self.format or detect(self.source)
+        if kind == "minari":
+            raise Rejected(
+                str(self.source), "an npz, robomimic or LeRobot dataset", "a directory without meta/info.json"
+            )
+        about, episodes = open_dataset(self.source, kind, _geometry(self.geometry))
+        return _convert(self.output, "minari", about, episodes)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Divide a dataset in two, by whole episodes drawn at random, with the same share of successes in both.
+
+    Example: python -m training.data split runs/drawer100 --output-a runs/train --output-b runs/held_out
+    """
+
+    path: tyro.conf.Positional[Path]
+    """The dataset."""
+    output_a: Path
+    """Gets --share of the episodes; must not exist."""
+    output_b: Path
+    """Gets the others; must not exist."""
+    share: float = 0.9
+    """How much of the successes, and of the failures, goes to --output-a."""
+    seed: int = 0
+    """Of the draw. The same seed gives the same division."""
+
+    def run(self) -> int:
+        if not 0 < self.share < 1:
+            raise Rejected("--share", "a share between 0 and 1", str(self.share))
+        if self.output_a.resolve() == self.output_b.resolve():
+            raise Rejected("--output-b", "another place than --output-a", str(self.output_b))
+        for output in (self.output_a, self.output_b):
+            if output.exists():
+                raise FileExistsError(f"{output} exists already: choose another place or remove it first")
+        about, episodes = open_dataset(self.path)
+        first = draw([episode.success for episode in episodes], self.share, self.seed)
+        for output, wanted in ((self.output_a, True), (self.output_b, False)):
+            notes = about.notes | {"split": {"of": about.dataset_id, "share": self.share, "seed": self.seed}}
+            part = (e for e, is_first in zip(open_dataset(self.path)[1], first, strict=True) if is_first is wanted)
+            _convert(output, "minari", replace(about, notes=notes), part)
+        return 0
+
+
+def draw(successes: list[bool], share: float, seed: int) -> list[bool]:
+    """Which episodes belong to the first part: `share` of the successes and of the failures, rounded.
+
+    Raises Rejected when a part would be empty.
+    """
+    generator, chosen = random.Random(seed), set[int]()
+    for outcome in (True, False):
+        indices = [i for i, success in enumerate(successes) if success is outcome]
+        chosen |= set(generator.sample(indices, round(share * len(indices))))
+    if len(chosen) in (0, len(successes)):
+        raise Rejected(
+            "--share", "at least one episode in each part", f"{len(chosen)} of {len(successes)} in the first"
+        )
+    return [i in chosen for i in range(len(successes))]
+
+
+def _convert(output: Path, kind: str, about: About, episodes: Iterator[Episode]) -> int:
+    counted = {"episodes": 0, "transitions": 0, "successful": 0}
+
+    def counting() -> Iterator[Episode]:
+        for episode in episodes:
+            counted["episodes"] += 1
+            counted["transitions"] += len(episode)
+            counted["successful"] += episode.success
+            yield episode
+
+    write_dataset(output, kind, counting(), about)
+    print(f"{output}: " + ", ".join(f"{count} {name}" for name, count in counted.items()))
+    return 0
+
+
+def _contract(path: Path) -> PolicySpec:
+    try:
+        return PolicySpec.from_json(path.read_text())
+    except OSError as error:
+        raise Rejected(f"--contract {path}", "a file", str(error)) from error
+    except Rejected as error:
+        raise Rejected(f"--contract {path}", error.expected, error.got, error.remedy) from error
+
+
+def _geometry(path: Path | None) -> Geometry | None:
+    return None if path is None else read_geometry(path)
+
+
+Command = (
+    Annotated[Validate, tyro.conf.subcommand("validate")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Split, tyro.conf.subcommand("split")]
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    command = tyro.cli(Command, args=argv, prog="python -m training.data", description=__doc__)
+    try:
+        return int(command.run())
+    except (Rejected, OSError) as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

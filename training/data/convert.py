@@ -1,0 +1,80 @@
+"""Datasets of any format, opened and written. A format is a module in `formats` of two functions, read(path, names)
+and write(path, episodes, about), and the names it gives to things; it is imported when it is used."""
+
+import importlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from protos.errors import Rejected
+from sim_client import store
+from sim_client.episodes import Episode, check
+from sim_client.store import About
+from training.data.formats.raw import Raw, own
+from training.data.geometry import Geometry
+
+Foreign = Literal["npz", "robomimic", "lerobot"]
+
+
+def detect(path: Path) -> Literal["minari", "npz", "robomimic", "lerobot"]:
+    """The format of what lies at `path`, by its name and its files. Raises Rejected when it is none of ours."""
+    if path.is_dir():
+        return "lerobot" if (path / "meta/info.json").exists() else "minari"
+    if not path.exists():
+        raise Rejected(str(path), "a dataset", "nothing there", "python -m sim_client.collect makes one")
+    if path.suffix == ".npz":
+        return "npz"
+    if path.suffix in (".hdf5", ".h5"):
+        return "robomimic"
+    formats = "a Minari or LeRobot directory, a .npz file or a robomimic .hdf5 file"
+    raise Rejected(str(path), formats, f"a file named *{path.suffix}", "rename it, or say --format")
+
+
+def open_dataset(
+    path: Path, kind: str | None = None, geometry: Geometry | None = None
+) -> tuple[About, Iterator[Episode]]:
+    """What the dataset at `path` says of itself, and its episodes one by one, each checked against its contract.
+
+    Args:
+        kind: the format; found out when left out.
+        geometry: what the numbers of a dataset mean that carries no contract.
+
+    Raises:
+        Rejected: naming the file, and episode, step and field of the first thing that is wrong; also while iterating.
+    """
+    if (kind or detect(path)) == "minari":
+        return store.read_about(path), store.read(path)
+    module = importlib.import_module(f"training.data.formats.{kind or detect(path)}")
+    names = dict(module.NAMES) | (geometry.names if geometry else {})
+    source = module.read(path, names)
+    if geometry is not None:
+        if source.about is not None:
+            raise Rejected("--geometry", f"nothing: {path} carries its contract", "a geometry file", "leave it out")
+        about = About(spec=geometry.spec, task=geometry.task, behavior="imported", dataset_id="equiserve/imported-v0")
+        return about, _checked(path, source.episodes, about, geometry)
+    if source.about is None:
+        raise Rejected(
+            f"{path}, contract",
+            "a contract in the file",
+            "nothing",
+            "say what its numbers mean: --geometry camera.toml",
+        )
+    return source.about, _checked(path, source.episodes, source.about, None)
+
+
+def _checked(path: Path, episodes: Iterable[Raw], about: About, geometry: Geometry | None) -> Iterator[Episode]:
+    for index, raw in enumerate(episodes):
+        where = f"{path}, episode {index}"
+        try:
+            episode = geometry.episode(raw) if geometry else own(raw)
+        except Rejected as error:
+            raise Rejected(f"{where}, {error.field}", error.expected, error.got, error.remedy) from error
+        yield check(episode, about.spec, where)
+
+
+def write_dataset(path: Path, kind: str, episodes: Iterable[Episode], about: About) -> None:
+    """Write a dataset in the format `kind` to `path`, whole or not at all. Raises FileExistsError if `path` exists."""
+    if kind == "minari":
+        store.write(path, episodes, about)
+    else:
+        importlib.import_module(f"training.data.formats.{kind}").write(path, episodes, about)

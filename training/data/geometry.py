@@ -1,0 +1,79 @@
+"""What the numbers of somebody else's dataset mean, and how they become the contract's."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from protos.errors import Rejected
+from protos.spaces import PolicySpec
+from sim_client.episodes import Episode
+from training.data.formats.raw import Array, Raw, complete
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The contract of the data, and the conversion to it; `geometry_file.read_geometry` makes one."""
+
+    task: str
+    spec: PolicySpec
+    names: dict[str, str]
+    """What the source calls depth, gripper, action, reward and done, where it has names of its own."""
+    depth_slope: float
+    depth_offset_m: float
+    gripper_zero: float
+    gripper_one: float
+    columns: tuple[tuple[int, float, float], ...]
+    """Per component of the contract: column of the source (-1: none), factor, and what is added then."""
+    width: int
+    success: str
+
+    def episode(self, raw: Raw) -> Episode:
+        """`raw` in the contract's units. Nothing is clipped. Raises Rejected naming what is missing or misshapen."""
+        if raw.action.ndim != 2 or raw.action.shape[1] != self.width:
+            raise Rejected("action", f"shape [steps, {self.width}], as action.order says", f"shape {raw.action.shape}")
+        depth = _numbers("depth", raw.depth)
+        depth = depth.reshape([size for axis, size in enumerate(depth.shape) if axis == 0 or size != 1])
+        gripper = _numbers("gripper", raw.gripper).reshape(len(raw.gripper), -1)
+        if gripper.shape[1] != 1:
+            raise Rejected("gripper", "one number per frame", f"{gripper.shape[1]} of them")
+        action = _numbers("action", raw.action)
+        episode = Episode(
+            depth=(self.depth_slope * depth + self.depth_offset_m).astype(np.float32),
+            gripper=((gripper - self.gripper_zero) / (self.gripper_one - self.gripper_zero)).astype(np.float32),
+            action=self._action(action),
+            reward=np.zeros(len(action), np.float32),
+            terminated=False,
+            truncated=False,
+            seed=raw.seed,
+            behavior=raw.behavior,
+        )
+        return complete(self._ended(episode, raw))
+
+    def _action(self, action: Array) -> Array:
+        parts = [factor * action[:, c] + more if c >= 0 else np.zeros(len(action)) for c, factor, more in self.columns]
+        return np.stack(parts, axis=1).astype(np.float32)
+
+    def _ended(self, episode: Episode, raw: Raw) -> Episode:
+        """With rewards and an end: whoever succeeds has terminated, unless the source says otherwise."""
+        needed = {"reward": raw.reward, "done": raw.done, "all": np.zeros(0)}[self.success]
+        if needed is None:
+            raise Rejected(self.success, f"in the source: success.from is {self.success!r}", "nothing")
+        if self.success == "reward":
+            reward = _numbers("reward", needed).reshape(-1).astype(np.float32)
+            success = bool(len(reward) and reward[-1] > 0)
+        else:
+            done = needed.reshape(-1).astype(bool)
+            success = self.success == "all" or bool(done.any())
+            if self.success == "done" and success:
+                episode = episode.cut(int(np.argmax(done)) + 1)  # robomimic goes on recording what is done already
+            reward = np.zeros(len(episode), np.float32)
+            reward[-1:] = success
+        terminated = success if raw.terminated is None else raw.terminated
+        truncated = not terminated if raw.truncated is None else raw.truncated
+        return replace(episode, reward=reward, terminated=terminated, truncated=truncated)
+
+
+def _numbers(name: str, values: Array) -> Array:
+    if not (np.issubdtype(values.dtype, np.number) or values.dtype == bool):
+        raise Rejected(name, "numbers", str(values.dtype))
+    return values.astype(np.float64)

@@ -1,0 +1,111 @@
+"""What a dataset holds, counted in one pass: for `inspect`, and for what `validate` finds suspicious."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos.spaces import Kind, PolicySpec
+from sim_client.episodes import Episode
+
+SECTORS = 8
+BINS = 20
+STILL = 0.02
+"""A planar motion shorter than this share of its bound has no direction worth counting."""
+SECTOR_SHARE = 0.01
+"""A sector counts as covered if at least this share of the motions points into it."""
+
+
+@dataclass
+class Survey:
+    """Counts over all episodes.
+
+    Attributes:
+        histograms: per field of the action, how many steps fall into each of BINS equal bins of its range: magnitude
+            over its bound for a vector, the normalised value for the others.
+        sectors: how many planar motions point into each of SECTORS, the first from 0 to 45 degrees from +x.
+        still_cameras: episodes of more than one step whose frames are all the same.
+        raw_bytes: of all arrays in memory.
+    """
+
+    spec: PolicySpec
+    steps: int = 0
+    lengths: list[int] = field(default_factory=list)
+    returns: list[float] = field(default_factory=list)
+    successes: list[bool] = field(default_factory=list)
+    behaviors: Counter[str] = field(default_factory=Counter)
+    behavior_successes: Counter[str] = field(default_factory=Counter)
+    histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    sectors: NDArray[np.int64] = field(default_factory=lambda: np.zeros(SECTORS, np.int64))
+    still_cameras: list[int] = field(default_factory=list)
+    gripper_high: float = 0.0
+    any_motion: bool = False
+    depth_low_m: float = np.inf
+    depth_high_m: float = -np.inf
+    raw_bytes: int = 0
+
+    @classmethod
+    def of(cls, spec: PolicySpec, episodes: Iterable[Episode]) -> "Survey":
+        survey = cls(spec, histograms={f.name: np.zeros(BINS, np.int64) for f in spec.action.fields})
+        for episode in episodes:
+            survey.add(episode)
+        return survey
+
+    def add(self, episode: Episode) -> None:
+        arrays = (episode.depth, episode.gripper, episode.action, episode.reward)
+        self.raw_bytes += sum(a.nbytes for a in arrays) + (0 if episode.rgb is None else episode.rgb.nbytes)
+        if len(episode) > 1 and (episode.depth == episode.depth[:1]).all():
+            self.still_cameras.append(len(self.lengths))
+        self.steps += len(episode)
+        self.lengths.append(len(episode))
+        self.returns.append(float(episode.reward.sum()))
+        self.successes.append(episode.success)
+        self.behaviors[episode.behavior] += 1
+        self.behavior_successes[episode.behavior] += episode.success
+        self.gripper_high = max(self.gripper_high, float(episode.gripper.max()))
+        self.depth_low_m = min(self.depth_low_m, float(episode.depth.min()))
+        self.depth_high_m = max(self.depth_high_m, float(episode.depth.max()))
+        self._count(episode.action)
+
+    def _count(self, action: NDArray[np.float32]) -> None:
+        normalized, sizes = self.spec.action.normalize(action), self.spec.action.magnitudes(action)
+        motion = [i for i, f in enumerate(self.spec.action.fields) if f.limit is not None]
+        self.any_motion |= bool((sizes[:, motion] > 0).any())
+        for i, f in enumerate(self.spec.action.fields):
+            part = normalized[:, self.spec.action.slice_of(f.name)]
+            values, low = (sizes[:, i], 0.0) if f.kind is Kind.VECTOR else (part[:, 0], -1.0)
+            self.histograms[f.name] += np.histogram(np.clip(values, low, 1.0), BINS, (low, 1.0))[0]
+            if f.kind is Kind.VECTOR:
+                moving = part[sizes[:, i] > STILL]
+                turn = np.arctan2(moving[:, 1], moving[:, 0]) % (2 * np.pi) / (2 * np.pi)
+                self.sectors += np.bincount((turn * SECTORS).astype(int) % SECTORS, minlength=SECTORS)
+
+    @property
+    def covered(self) -> int:
+        """How many sectors planar motion points into."""
+        return int((self.sectors >= max(1.0, SECTOR_SHARE * self.sectors.sum())).sum())
+
+    def warnings(self) -> list[str]:
+        """What is legal but seldom meant."""
+        said = []
+        if self.still_cameras:
+            shown = ", ".join(map(str, self.still_cameras[:5])) + (" ..." if len(self.still_cameras) > 5 else "")
+            said.append(
+                f"the depth image never changes within {len(self.still_cameras)} episodes ({shown}): dead camera?"
+            )
+        if not any(self.successes):
+            said.append("no episode succeeds: behaviour cloning has nothing to imitate, and no reward to learn from")
+        if self.gripper_high < 1:
+            said.append(
+                f"the gripper's state never reaches 1 (at most {self.gripper_high:g}): does it ever hold something?"
+            )
+        if not self.any_motion:
+            said.append("all motions are zero: is the action recorded in the unit of the contract?")
+        elif self.covered < SECTORS / 2:
+            said.append(
+                f"planar motion covers {self.covered} of {SECTORS} sectors of the circle: is an axis missing? "
+                "If not, let training turn the scenes (--augmentation so2)"
+            )
+        return said

@@ -17,7 +17,7 @@ import tyro
 from tqdm import tqdm
 
 from serving.errors import PolicyRefused
-from sim_client import ENV_IDS, TaskName
+from sim_client import TaskName
 from sim_client.behaviors import Actors, Mixture, parse
 from sim_client.calibrate import calibrate
 from sim_client.episodes import Episode
@@ -137,7 +137,7 @@ def prepare(config: Collect) -> About:
             spec=unwrapped(env).spec_of_policy,
             task=config.task,
             behavior=config.behavior,
-            dataset_id=f"{ENV_IDS[config.task].rpartition('-')[0]}/{config.behavior.partition(':')[0]}-v0",
+            dataset_id=f"equiserve/{config.task.replace('_', '-')}/{config.behavior.partition(':')[0]}-v0",
             env_spec=env.spec.to_json(),
             notes={"seed": config.seed},
         )

@@ -31,9 +31,9 @@ class Demo:
     """Everything goes here; what an earlier demo left is replaced."""
     seed: int = 0
     """Of the collected scenes, the training and the evaluated scenes."""
-    episodes: int = 20
+    episodes: int = 40
     """Expert episodes to learn from."""
-    minutes: float = 4.0
+    minutes: float = 5.0
     """Of training."""
     eval_episodes: int = 50
     """Closed-loop episodes."""

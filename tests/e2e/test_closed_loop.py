@@ -75,6 +75,21 @@ def test_the_robot_closes_the_loop_and_reports(address: str, tmp_path: Path) -> 
     assert f"{report['successes']} of 2 episodes" in done.stdout
 
 
+def test_a_policy_is_tried_on_another_task_robot_and_world(address: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    world = ("--task", "block_in_bowl", "--arm", "kuka", "--randomize.depth-noise-m", "0.002")
+    run("sim_client.evaluate", "--server", address, *world, "--episodes", "1", "--report", str(path))
+    report = json.loads(path.read_text())
+    assert (report["task"], report["world"]["arm"]) == ("block_in_bowl", "kuka")
+    assert report["world"]["randomize"]["depth_noise_m"] == 0.002
+
+
+def test_a_robot_with_another_camera_is_refused(address: str) -> None:
+    done = run("sim_client.evaluate", "--server", address, "--view", "side", "--episodes", "1", expect=2)
+    assert "contract.observation" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_min_success_decides_the_exit_code(tmp_path: Path) -> None:
     clueless = tiny_policy_file(tmp_path / "clueless.onnx", SPEC)
     evaluation = ("--episodes", "1", "--seed", "1")

@@ -203,7 +203,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except (OSError, BrokenProcessPool, KeyboardInterrupt) as error:
-        print(f"stopped: {error or 'interrupted'}; the same command goes on from here", file=sys.stderr)
+        print(f"stopped: {str(error) or 'interrupted'}; the same command goes on from here", file=sys.stderr)
         return 1
     print(
         f"{config.output}: {done.episodes} episodes, {done.transitions} transitions, {done.successes} successful, "

@@ -46,8 +46,7 @@ class Partial:
     def load(self, index: int) -> Episode:
         with np.load(self.path(index), allow_pickle=False) as file:
             values = {name: file[name] for name in file.files}
-        scalars = {name: values.pop(name).item() for name in ("terminated", "truncated", "seed", "behavior")}
-        return Episode(**values, **scalars)
+        return Episode(**{name: value if value.ndim else value.item() for name, value in values.items()})
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)

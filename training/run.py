@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import math
 import shlex
 import signal
@@ -224,6 +225,8 @@ def main() -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("training").setLevel(logging.INFO)
     try:
         train(config)
     except (Rejected, Diverged, ExportError) as error:

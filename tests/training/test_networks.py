@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from protos.errors import Rejected
 from protos.spaces import ACTION, SPEC, ObservationSpec, PolicySpec
 from protos.symmetry import EIGHTH_TURN, QUARTER_TURNS, Element
 from tests.training.conftest import NETWORK, SMALL
@@ -205,3 +206,8 @@ def test_images_that_do_not_tile_are_refused_with_the_sizes_that_do() -> None:
 def test_groups_without_quarter_turns_are_refused(group: str) -> None:
     with pytest.raises(ValueError, match="group"):
         NetworkConfig(group=group)
+
+
+def test_a_view_that_does_not_fit_the_fields_says_which_pooling_does() -> None:
+    with pytest.raises(Rejected, match="--network.pool 1"):
+        stages(NetworkConfig(), ObservationSpec(height=64, width=64))

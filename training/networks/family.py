@@ -68,7 +68,9 @@ def stages(cfg: NetworkConfig, spec: ObservationSpec) -> tuple[Stage, ...]:
         raise Rejected("network.pool", tiling, f"{spec.height} / {cfg.pool} = {side:g}", "choose another pooling")
     if len(cfg.fields) != halvings + 2:
         entries = f"{int(halvings) + 2} entries, one for each convolution of a {side:g} x {side:g} image"
-        raise Rejected("network.fields", entries, str(cfg.fields))
+        pool, rest = divmod(spec.height, NARROWEST * 2 ** (len(cfg.fields) - 2))
+        remedy = f"or fit the image to the fields: --network.pool {pool}" if pool and not rest else ""
+        raise Rejected("network.fields", entries, str(cfg.fields), remedy)
     *padded, second_last, last = cfg.fields
     return (*(Stage(f, 1, True) for f in padded), Stage(second_last, 0, True), Stage(last, 0, False))
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import minari
@@ -50,7 +51,7 @@ def test_the_example_validates_without_a_warning(lab: Path, capsys: pytest.Captu
 
 
 def test_the_example_trains_and_exports(lab: Path, tmp_path: Path) -> None:
-    config = RunConfig(dataset=lab, output=tmp_path / "run", updates=2, network=NETWORK, batch_size=4)
+    config = RunConfig(dataset=lab, output=tmp_path / "run", updates=2, network=replace(NETWORK, pool=4), batch_size=4)
     assert train(config).name == "policy.onnx"
 
 

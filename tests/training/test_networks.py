@@ -209,5 +209,5 @@ def test_groups_without_quarter_turns_are_refused(group: str) -> None:
 
 
 def test_a_view_that_does_not_fit_the_fields_says_which_pooling_does() -> None:
-    with pytest.raises(Rejected, match="--network.pool 1"):
+    with pytest.raises(Rejected, match=r"--network\.pool 1"):
         stages(NetworkConfig(), ObservationSpec(height=64, width=64))

@@ -152,7 +152,7 @@ def page(config: Survey, results: Iterable[Measured]) -> str:
         interval = binomtest(wins, len(each.success)).proportion_ci(0.95, method="wilson")
         lines.append(
             f"| {each.task} | `{ENV_IDS[each.task]}` | {wins / len(each.success):.1%} "
-            f"({interval.low:.1%} to {interval.high:.1%}) | {worst[0]:.1%} (-{100 * worst[1]:.1f} points) | "
+            f"({interval.low:.1%} to {interval.high:.1%}) | {worst[0]:.1%} ({100 * worst[1]:.1f} points below) | "
             f"{each.length:.1f} | {each.steps_per_s:.0f} | {each.reset_ms:.0f} ms |"
         )
     for each in results:

@@ -6,7 +6,12 @@ from collections.abc import Callable
 from functools import partial as bind
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import expit, logit
 from tqdm import tqdm
 
 from protos.files import write_atomically
@@ -15,15 +20,16 @@ from sim_client.workers import Partial, Record, episodes
 FIRST_SEED = 800_000_000
 """Scenes of calibration: neither recorded nor evaluated."""
 LEAST, MOST = 0.05, 4.0
-ROUNDS = 7
-EPISODES = 60
-"""Per round. The same scenes in each, so that only the noise differs; a rate of 40 % is known to 6 points."""
+ROUNDS, EPISODES = 10, 60
+"""All rounds count, each on scenes of its own: a rate of 40 % is met to 2 or 3 points."""
+USUAL_SLOPE = 3.0
+"""Of the success rate's log-odds over the noise's logarithm; what is assumed before the first rounds say better."""
 
 
 def calibrate(
     make: Callable[[float], Callable[[int], Record]], folder: Path, target: float, workers: int
 ) -> tuple[float, float]:
-    """(noise, success rate reached) whose rate is nearest to `target`, by bisection of the noise's logarithm.
+    """(noise, its success rate), as near to `target` as noise can make it, from a logistic curve over all rounds.
 
     `make(noise)(first_seed)` is a recorder. The answer is kept in `folder`: an interrupted collection goes on with it.
     """
@@ -31,20 +37,37 @@ def calibrate(
     if answer.exists():
         found = json.loads(answer.read_text())
         return found["noise"], found["success"]
-    low, high, tried = LEAST, MOST, []
+    noise, tried, successes = (LEAST * MOST) ** 0.5, [], []
     with tqdm(total=ROUNDS * EPISODES, unit="episode", desc="calibrate the noise") as bar:
         for turn in range(ROUNDS):
-            noise = (low * high) ** 0.5
             scratch = Partial(folder / f"noise{turn}", {"noise": noise})
-            successes = 0
-            with contextlib.closing(episodes(scratch, bind(make(noise), FIRST_SEED), workers)) as endless:  # type: ignore[type-var]
+            scenes = bind(make(noise), FIRST_SEED + turn * EPISODES)
+            tried.append(noise)
+            successes.append(0)
+            with contextlib.closing(episodes(scratch, scenes, workers)) as endless:  # type: ignore[type-var]
                 for episode in islice(endless, EPISODES):
-                    successes += episode.success
+                    successes[-1] += episode.success
                     bar.update()
             scratch.remove()
-            tried.append((noise, successes / EPISODES))
-            bar.set_postfix_str(f"noise {noise:.2f}: {tried[-1][1]:.0%}")
-            low, high = (noise, high) if tried[-1][1] > target else (low, noise)
-    noise, success = min(tried, key=lambda each: abs(each[1] - target))
+            bar.set_postfix_str(f"noise {noise:.2f}: {successes[-1] / EPISODES:.0%}")
+            noise, success = _noise_for(target, np.log(tried), np.array(successes))
     write_atomically(answer, json.dumps({"noise": noise, "success": success}).encode())
     return noise, success
+
+
+def _noise_for(target: float, log_noise: NDArray[np.float64], successes: NDArray[np.int64]) -> tuple[float, float]:
+    """(noise, rate) where the most likely logistic curve meets `target`, within the range of noises."""
+
+    def rate(curve: NDArray[np.float64], at: Any) -> Any:
+        level, log_slope = curve
+        return expit(level - np.exp(log_slope) * at)
+
+    def surprise(curve: NDArray[np.float64]) -> float:
+        p = np.clip(rate(curve, log_noise), 1e-6, 1 - 1e-6)
+        likelihood = (successes * np.log(p) + (EPISODES - successes) * np.log1p(-p)).sum()
+        return float(-likelihood + (curve[1] - np.log(USUAL_SLOPE)) ** 2)
+
+    curve = minimize(surprise, np.array([0.0, np.log(USUAL_SLOPE)]), method="Nelder-Mead").x
+    log_found = (curve[0] - logit(np.clip(target, 1e-3, 1 - 1e-3))) / np.exp(curve[1])
+    found = float(np.exp(np.clip(log_found, np.log(LEAST), np.log(MOST))))
+    return found, float(rate(curve, np.log(found)))

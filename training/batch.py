@@ -21,6 +21,8 @@ class Batch:
     state: State
     action: Float[Tensor, "B A"]
     reward: Float[Tensor, " B"]
-    continues: Float[Tensor, " B"]
-    """0 where the episode terminated, else 1; a truncated episode continues."""
+    """Discounted sum of the rewards on the way to `next_state`."""
+    discount: Float[Tensor, " B"]
+    """What the value of `next_state` counts for: gamma to the number of steps, and 0 where the episode terminated; a
+    truncated episode continues."""
     next_state: State

@@ -4,22 +4,27 @@ import argparse
 import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import tyro
 import yaml
 
 from protos.errors import Rejected
 from training.agents.bc import BCConfig
+from training.agents.cql import CQLConfig
 from training.agents.iql import IQLConfig
 from training.networks.family import NetworkConfig
 
-Preset = Literal["cpu", "paper"]
 PRESETS = Path(__file__).parent / "presets"
 SETTINGS = "config.json"
 """The settings of a run, in its output directory."""
-ANEW = frozenset({"dataset", "output", "minutes", "updates", "device", "threads", "checkpoint_s", "resume"})
-"""What may differ when a run is resumed: where things lie, how long and on what it runs. The rest makes another run."""
+ANEW = frozenset(
+    {"dataset", "output", "minutes", "updates", "device", "threads", "checkpoint_s", "resume"}
+    | {"eval_every", "eval_episodes", "patience", "keep"}
+)
+"""What may differ when a run is resumed: where things lie, how long, on what it runs and how it is watched. The rest
+makes another run."""
+NESTED = {"network": NetworkConfig, "bc": BCConfig, "iql": IQLConfig, "cql": CQLConfig}
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,12 @@ class RunConfig:
     """Directory of a Minari dataset, as `python -m sim_client.collect` writes it."""
     output: Path
     """Where checkpoints, logs and policy.onnx go. Must be new, unless --resume."""
-    preset: Preset = "cpu"
-    """The defaults of everything below, from training/presets/PRESET.yaml. cpu: the best policy in minutes on two
-    cores. paper: the sizes and rates of arXiv 2406.13961."""
-    algo: Literal["bc", "iql"] = "bc"
-    """bc imitates; iql also learns what is worth imitating, from rewards."""
+    preset: str = "cpu"
+    """The defaults of everything below: the name of a file in training/presets, or the path of your own copy of one.
+    cpu: the best policy in minutes on two cores. gpu: the same on one GPU. paper: the sizes and rates of
+    arXiv 2406.13961."""
+    algo: Literal["bc", "iql", "cql"] = "bc"
+    """bc imitates; iql also learns what is worth imitating, from rewards; cql learns what may be better still."""
     equivariance: Literal["both", "actor", "critic", "none"] = "both"
     """Which networks are equivariant; the value goes with the critic. The others are plain CNNs of a like size."""
     seed: int = 0
@@ -52,6 +58,10 @@ class RunConfig:
     """Adam's."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """cosine: the learning rate falls to zero over the budget, the nearer of --minutes and --updates."""
+    discount: float = 0.99
+    """What a reward one step later is worth."""
+    n_step: int = 1
+    """Steps of recorded reward before an update trusts a value; more carry a sparse reward back in fewer updates."""
     augmentation: Literal["o2", "so2", "none"] = "so2"
     """so2: every sampled transition is turned by a random angle. o2: and mirrored half of the time, for tasks without
     a left and a right. Applies to every --equivariance."""
@@ -64,21 +74,35 @@ class RunConfig:
     checkpoint_s: float = 30.0
     """Seconds between checkpoints."""
     failures: Literal["auto", "keep", "drop"] = "auto"
-    """Episodes that never succeed. auto: bc drops them, iql keeps them."""
+    """Episodes that never succeed. auto: bc drops them, iql and cql keep them."""
+    eval_every: int | None = None
+    """Measure closed-loop success every so many updates, in a process of its own while training goes on."""
+    eval_episodes: int = 50
+    """Episodes of each of these evaluations."""
+    patience: int | None = None
+    """Stop after this many evaluations in a row without a better success rate."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights become policy.onnx where success was measured: best.pt or the last ones."""
     resume: bool = False
     """Continue the run in --output from its last checkpoint, with the settings that it was started with; only the
-    budget, the device, --threads, --checkpoint-s and the place of --dataset may be given anew."""
+    budget, the device, --threads, --checkpoint-s, evaluation and the place of --dataset may be given anew."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     bc: BCConfig = field(default_factory=BCConfig)
     iql: IQLConfig = field(default_factory=IQLConfig)
+    cql: CQLConfig = field(default_factory=CQLConfig)
 
     def __post_init__(self) -> None:
-        for name in ("minutes", "updates", "batch_size", "learning_rate", "threads", "checkpoint_s"):
+        counts = ("batch_size", "n_step", "threads", "eval_every", "eval_episodes", "patience")
+        for name in ("minutes", "updates", "learning_rate", "checkpoint_s", *counts):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
         if self.seed < 0:
             raise ValueError(f"--seed must not be negative, got {self.seed}")
+        if not 0.0 <= self.discount < 1.0:
+            raise ValueError(f"--discount must lie in [0, 1), got {self.discount}; the paper uses 0.99")
+        if self.patience and not self.eval_every:
+            raise ValueError("--patience counts evaluations: give --eval-every too")
 
     @property
     def successful_only(self) -> bool:
@@ -100,7 +124,7 @@ def parse(argv: list[str]) -> RunConfig:
     first.add_argument("--resume", action="store_true")
     known = first.parse_known_args(argv)[0]
     resumed = known.resume and known.output is not None
-    defaults = _recorded(known.output) if resumed else _preset(known.preset)
+    defaults = _to_resume(known.output) if resumed else _preset(known.preset)
     given = defaults
     # A budget on the command line replaces the one there was, whichever kind that is.
     if any(argument.startswith(("--minutes", "--updates")) for argument in argv):
@@ -112,27 +136,38 @@ def parse(argv: list[str]) -> RunConfig:
 
 
 def _preset(name: str) -> RunConfig:
-    if name not in get_args(Preset):
-        name = "cpu"  # tyro will refuse the other, with the usage
-    values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
-    return RunConfig(**_typed({"dataset": tyro.MISSING, "output": tyro.MISSING, "preset": name} | values))
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise Rejected("--preset", f"{known}, or the path of a .yaml file", name, "copy one of training/presets")
+    values = yaml.safe_load(path.read_text())
+    try:
+        return RunConfig(**_typed({"dataset": tyro.MISSING, "output": tyro.MISSING, "preset": name} | values))
+    except (TypeError, ValueError) as error:
+        raise Rejected(f"--preset {name}", "settings of training.run", str(error), "see --help") from error
 
 
-def _recorded(output: Path) -> RunConfig:
+def recorded(output: Path) -> RunConfig:
+    """The settings of the run in `output`. Raises Rejected when there is none, or it is another version's."""
     path = output / SETTINGS
-    if not path.exists():
-        raise Rejected("--resume", f"a run in {output}", "none", "start it without --resume")
     try:
         return RunConfig(**_typed(json.loads(path.read_text()) | {"output": output, "resume": False}))
+    except FileNotFoundError as error:
+        raise Rejected(str(output), "a run of training.run", "none", "name its --output") from error
     except (TypeError, ValueError, KeyError) as error:
         raise Rejected(str(path), "the settings of a run of this version", repr(error), "start a new run") from error
 
 
+def _to_resume(output: Path) -> RunConfig:
+    if not (output / SETTINGS).exists():
+        raise Rejected("--resume", f"a run in {output}", "none", "start it without --resume")
+    return recorded(output)
+
+
 def _typed(values: dict[str, Any]) -> dict[str, Any]:
     """What YAML and JSON hold, as the types of RunConfig's fields."""
-    nested = {"network": NetworkConfig, "bc": BCConfig, "iql": IQLConfig}
     typed = dict(values)
-    for name, made in nested.items():
+    for name, made in NESTED.items():
         if name in values:
             typed[name] = made(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()})
     if isinstance(values["dataset"], str):

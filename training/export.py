@@ -4,8 +4,10 @@ import importlib.metadata
 import logging
 import subprocess
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -60,7 +62,7 @@ class Graph(nn.Module):
         super().__init__()
         self._spec = spec
         self.actor = agent.actor.export()
-        self.value = agent.value_function.export() if agent.value_function is not None else None
+        self.value = agent.export_value()
         self.register_buffer("scale", torch.from_numpy(spec.action.scale))
         self.register_buffer("centre", torch.from_numpy(spec.action.centre))
 
@@ -69,13 +71,18 @@ class Graph(nn.Module):
         normalized = distribution.mode()
         action = normalized * self.scale + self.centre  # type: ignore[operator]
         std = distribution.std() * self.scale  # type: ignore[operator]
-        value = () if self.value is None else (self.value(depth, gripper)[:, 0],)
+        value = () if self.value is None else (self.value(depth, gripper, normalized)[:, 0],)
         return action, normalized, std, *value
 
 
 @torch.no_grad()
-def export(agent: Agent, dataset: Dataset, provenance: Provenance, path: Path) -> Manifest:
+def export(
+    agent: Agent, dataset: Dataset, provenance: Provenance, path: Path, evaluation: Mapping[str, Any] | None = None
+) -> Manifest:
     """Write `path` atomically and return what it says about itself.
+
+    Args:
+        evaluation: closed-loop results, if known, for the manifest.
 
     Raises:
         ExportError: when torch and onnxruntime disagree by more than the bounds above, or an actor that should be
@@ -106,6 +113,7 @@ def export(agent: Agent, dataset: Dataset, provenance: Provenance, path: Path) -
         equivariance_error_90=quarter,
         equivariance_error_45=_equivariance_error(session, real, (EIGHTH_TURN,), spec),
         golden=_golden(agent, real, spec),
+        evaluation=evaluation or {},
     )
     write(model, manifest, path)
     return manifest
@@ -199,8 +207,9 @@ def _answers(agent: Agent, state: State) -> dict[str, tuple[NDArray[np.float32],
         "normalized_action": (normalized, one),
         "std": (pi.std().numpy() * spec.scale, spec.scale),
     }
-    if agent.value_function is not None:
-        value = agent.value_function(state).numpy()
+    reported = agent.state_value(state)
+    if reported is not None:
+        value = reported.numpy()
         answers[VALUE_OUTPUT] = (value, np.maximum(1.0, np.abs(value)))  # returns have no range of their own
     return answers
 

@@ -2,16 +2,13 @@
 
 import contextlib
 import dataclasses
-import io
 import json
 import logging
-import math
 import shlex
 import signal
 import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,90 +18,16 @@ from tqdm import tqdm
 
 from protos.errors import Rejected
 from protos.files import write_atomically
-from training.agents.agent import Agent, Diverged, Learner
-from training.agents.bc import BC
-from training.agents.iql import IQL
+from training import distributed
+from training.agents.agent import Diverged
 from training.config import SETTINGS, RunConfig, parse
-from training.data.augment import randomly
-from training.data.dataset import load
+from training.diagnostics import Probe
+from training.evaluate import BEST, EvaluationError, Evaluations, Result, best
 from training.export import ExportError, Provenance, export
-from training.networks.family import EQUIVARIANCE
+from training.loop import CHECKPOINT, Run
 
-AGENTS: dict[str, Any] = {"bc": BC, "iql": IQL}
-WARM_UP_UPDATES = 20
-LOG_EVERY = 20
-CHECKPOINT, POLICY = "checkpoint.pt", "policy.onnx"
-
-
-class Run:
-    """A learner, its data, its random numbers and how far it has come: all that a checkpoint holds."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self.device = _device(config.device)
-        torch.manual_seed(config.seed)
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.dataset = load(config.dataset, successful_only=config.successful_only, device=self.device)
-        self.learner = Learner(
-            self._agent().to(self.device),
-            config.learning_rate,
-            bf16=_bf16(config.precision, self.device),
-        )
-        self.updates, self.seconds = 0, 0.0
-
-    def _agent(self) -> Agent:
-        c = self.config
-        agent: Agent = AGENTS[c.algo](c.network, self.dataset.spec, EQUIVARIANCE[c.equivariance], getattr(c, c.algo))
-        return agent
-
-    @property
-    def progress(self) -> float:
-        """Share of the budget that is used, 0 to 1."""
-        by_time = self.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
-        by_count = self.updates / self.config.updates if self.config.updates else 0.0
-        return min(1.0, max(by_time, by_count))
-
-    def step(self) -> dict[str, float]:
-        """Sample, augment, update."""
-        start = time.perf_counter()
-        batch = self.dataset.sample(self.config.batch_size, self.generator)
-        if self.config.augmentation != "none":
-            reflections = self.config.augmentation == "o2"
-            batch = randomly(batch, self.dataset.spec, self.generator, reflections=reflections)
-        rate = 0.5 * (1 + math.cos(math.pi * self.progress)) if self.config.schedule == "cosine" else 1.0
-        scalars = self.learner.update(batch, rate * min(1.0, (self.updates + 1) / WARM_UP_UPDATES))
-        took = time.perf_counter() - start
-        self.updates += 1
-        self.seconds += took
-        return scalars | {"time/update_ms": 1e3 * took}
-
-    def save(self) -> None:
-        state = {
-            "learner": self.learner.state_dict(),
-            "generator": self.generator.get_state(),
-            "torch": torch.get_rng_state(),
-            "updates": self.updates,
-            "seconds": self.seconds,
-            "dataset_sha256": self.dataset.sha256,
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(self.config.output / CHECKPOINT, buffer.getvalue())
-
-    def restore(self) -> None:
-        """Continue where the last checkpoint was taken. Raises Rejected when the data are not those it was taken on."""
-        path = self.config.output / CHECKPOINT
-        if not path.exists():
-            return  # stopped before its first checkpoint: begin again
-        state = torch.load(path, weights_only=True, map_location=self.device)
-        if state["dataset_sha256"] != self.dataset.sha256:
-            raise Rejected(
-                "dataset", f"sha256 {state['dataset_sha256']}", self.dataset.sha256, "resume with the same data"
-            )
-        self.learner.load_state_dict(state["learner"])
-        self.generator.set_state(state["generator"].cpu())
-        torch.set_rng_state(state["torch"].cpu())
-        self.updates, self.seconds = state["updates"], state["seconds"]
+LOG_EVERY, PROBE_EVERY = 20, 200
+POLICY = "policy.onnx"
 
 
 def train(config: RunConfig) -> Path:
@@ -112,6 +35,7 @@ def train(config: RunConfig) -> Path:
 
     Raises:
         Rejected: on a dataset, a network or an output directory that does not fit; nothing has been written then.
+        Diverged: when a loss is not finite or a value has exploded; the last checkpoint is kept.
         KeyboardInterrupt: on Ctrl-C, with a checkpoint saved.
     """
     if not config.resume and config.output.exists() and any(config.output.iterdir()):
@@ -119,23 +43,51 @@ def train(config: RunConfig) -> Path:
     if config.threads:
         torch.set_num_threads(config.threads)
     run = Run(config)
+    evaluations = Evaluations(run) if config.eval_every and run.processes.leads else None
     if config.resume:
         run.restore()
-    _record(config)  # only now is the directory taken: a mistyped flag must not take it
-    _describe(run)
-    with _interrupt_noted() as stop:
-        _loop(run, stop)
-    run.save()
-    if stop.is_set():
-        raise KeyboardInterrupt
-    provenance = Provenance(config.algo, config.equivariance, config.network.group, config.seed, run.updates)
+    if run.processes.leads:
+        _record(config)  # only now is the directory taken: a mistyped flag must not take it
+        _describe(run)
+    try:
+        with _interrupt_noted() as stop:
+            _loop(run, evaluations, stop)
+        if run.processes.leads:
+            run.save()
+        if stop.is_set():
+            raise KeyboardInterrupt
+        return _export(run, evaluations) if run.processes.leads else config.output / POLICY
+    finally:
+        if evaluations is not None:
+            evaluations.stop()
+
+
+def _export(run: Run, evaluations: Evaluations | None) -> Path:
+    """policy.onnx from the best weights that evaluation found, or from the last ones."""
+    config, updates, success = run.config, run.updates, None
+    results = evaluations.results() if evaluations else []
+    if config.keep == "best" and results:
+        state = torch.load(config.output / BEST, weights_only=True, map_location=run.device)
+        run.learner.agent.load_state_dict(state["agent"])
+        success = best(results)
+        updates = success.update
+    provenance = Provenance(config.algo, config.equivariance, config.network.group, config.seed, updates)
     path = config.output / POLICY
-    manifest = export(run.learner.agent, run.dataset, provenance, path)
+    manifest = export(run.learner.agent, run.dataset, provenance, path, evaluation=_told(success))
     print(
         f"{path}: {run.updates} updates in {run.seconds / 60:.1f} min; equivariance error "
         f"{manifest.equivariance_error_90:.1e} at 90 degrees, {manifest.equivariance_error_45:.1e} at 45"
+        + (f"; from update {updates}, success {success.success_rate:.0%} while training" if success else "")
     )
     return path
+
+
+def _told(result: Result | None) -> Mapping[str, Any]:
+    """What the manifest says of closed-loop success; the scenes chose the weights, so a fresh evaluation finds less."""
+    if result is None:
+        return {}
+    low, high = result.interval
+    return dataclasses.asdict(result) | {"success_rate": result.success_rate, "wilson_low": low, "wilson_high": high}
 
 
 @contextlib.contextmanager
@@ -157,29 +109,62 @@ def _interrupt_noted() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _loop(run: Run, stop: threading.Event) -> None:
-    saved = run.seconds
-    with SummaryWriter(str(run.config.output / "tensorboard"), purge_step=run.updates) as log, _bar() as bar:
-        while run.progress < 1 and not stop.is_set():
+def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> None:
+    saved, leads = run.seconds, run.processes.leads
+    probe = Probe(run.dataset, run.config.seed)
+    with _log(run) as log, _bar(disable=not leads) as bar:
+        while run.progress < 1 and not _ended(run, evaluations, stop):
             scalars = run.step()
-            bar.n = round(100 * run.progress, 1)
-            if run.updates % LOG_EVERY == 0 or run.progress >= 1:
+            done = run.progress >= 1
+            if leads and (run.updates % LOG_EVERY == 0 or done):
+                if run.updates % PROBE_EVERY == 0 or done:
+                    scalars |= probe.look(run.learner.agent)
                 for name, value in scalars.items():
                     log.add_scalar(name, value, run.updates)
-                losses = ", ".join(f"{n.removeprefix('losses/')} {v:.3f}" for n, v in scalars.items() if "losses/" in n)
-                bar.set_postfix_str(
-                    f"update {run.updates}, {scalars['time/update_ms']:.0f} ms, {losses}", refresh=False
-                )
+                _show(bar, run, scalars)
+            bar.n = round(100 * run.progress, 1)
             bar.refresh()
-            if run.seconds - saved >= run.config.checkpoint_s:
+            if evaluations and (run.updates % run.config.eval_every == 0 or done):  # type: ignore[operator]
+                evaluations.take()
+            if evaluations and run.updates % LOG_EVERY == 0:
+                _log_success(evaluations.poll(), log)
+            if leads and run.seconds - saved >= run.config.checkpoint_s:
                 run.save()
                 saved = run.seconds
+        if evaluations and not stop.is_set():
+            bar.set_postfix_str("waiting for the last evaluations")
+            _log_success(evaluations.wait(), log)
 
 
-def _bar() -> "tqdm[Any]":
-    return tqdm(
-        total=100, unit="%", bar_format="training {l_bar}{bar}| {elapsed}<{remaining} {postfix}", mininterval=0.5
-    )
+def _ended(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> bool:
+    """Whether to stop before the budget is used: Ctrl-C, or evaluations that do not get better."""
+    early = stop.is_set() or (evaluations is not None and run.updates % LOG_EVERY == 0 and evaluations.exhausted)
+    return bool(run.processes.from_leader(float(early), run.device))
+
+
+def _show(bar: "tqdm[Any]", run: Run, scalars: Mapping[str, float]) -> None:
+    losses = ", ".join(f"{n.removeprefix('losses/')} {v:.3f}" for n, v in scalars.items() if "losses/" in n)
+    bar.set_postfix_str(f"update {run.updates}, {scalars['time/update_ms']:.0f} ms, {losses}", refresh=False)
+
+
+def _log_success(results: list[Result], log: SummaryWriter) -> None:
+    for result in results:
+        low, high = result.interval
+        for name, value in (("rate", result.success_rate), ("wilson_low", low), ("wilson_high", high)):
+            log.add_scalar(f"success/{name}", value, result.update)
+        tqdm.write(f"update {result.update}: {result.successes} of {result.episodes} episodes succeeded")
+
+
+def _log(run: Run) -> SummaryWriter:
+    """The leader's curves; the other processes write theirs nowhere."""
+    if run.processes.leads:
+        return SummaryWriter(str(run.config.output / "tensorboard"), purge_step=run.updates)
+    return contextlib.nullcontext()  # type: ignore[return-value]
+
+
+def _bar(*, disable: bool) -> "tqdm[Any]":
+    shape = "training {l_bar}{bar}| {elapsed}<{remaining} {postfix}"
+    return tqdm(total=100, unit="%", bar_format=shape, mininterval=0.5, disable=disable)
 
 
 def _describe(run: Run) -> None:
@@ -193,25 +178,8 @@ def _describe(run: Run) -> None:
         f"{config.equivariance}, {config.network.group}; free parameters "
         + ", ".join(f"{name} {count:,}" for name, count in counts.items())
         + f"; {run.device.type}"
+        + (f", {run.processes.count} processes" if run.processes.count > 1 else "")
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise Rejected(
-            "device", "a CUDA device that torch can use", "none", "leave out --device, or install a CUDA torch"
-        )
-    return torch.device(name)
-
-
-def _bf16(precision: str, device: torch.device) -> bool:
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def _record(config: RunConfig) -> None:
@@ -229,7 +197,7 @@ def main() -> int:
     logging.getLogger("training").setLevel(logging.INFO)
     try:
         train(config)
-    except (Rejected, Diverged, ExportError) as error:
+    except (Rejected, Diverged, EvaluationError, ExportError) as error:
         print(f"training stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -237,6 +205,8 @@ def main() -> int:
         saved = (config.output / CHECKPOINT).exists()
         print(f"\ninterrupted{f'; continue with: {how}' if saved else ' before the first update'}", file=sys.stderr)
         return 130
+    finally:
+        distributed.leave()
     return 0
 
 

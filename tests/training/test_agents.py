@@ -10,8 +10,9 @@ from tests.training.conftest import NETWORK, SMALL
 from tests.training.test_augment import batch_of
 from training.agents.agent import Diverged, Learner, polyak
 from training.agents.bc import BC, BCConfig
+from training.agents.cql import CQL, CQLConfig
 from training.agents.iql import IQL, IQLConfig
-from training.agents.losses import advantage_weight, expectile_loss
+from training.agents.losses import advantage_weight, conservative_gap, expectile_loss, log_mean_exp
 from training.batch import Batch
 from training.data.dataset import Dataset
 from training.networks.family import EQUIVARIANCE
@@ -54,7 +55,7 @@ def test_iql_s_losses_are_the_paper_s(equivariance: str) -> None:
     size = len(q)
     critic = actor = value = 0.0
     for i in range(size):
-        target = batch.reward[i] + 0.99 * batch.continues[i] * v_next[i]
+        target = batch.reward[i] + batch.discount[i] * v_next[i]
         critic += sum(float(twin[k, i] - target) ** 2 for k in range(2)) / size
         actor -= min(math.exp(float(q[i] - v[i]) / 0.5), 100.0) * float(log_prob[i]) / size
         tau = 0.8 if q[i] > v[i] else 0.2
@@ -78,13 +79,31 @@ def test_the_actor_weighs_each_sample_by_its_own_advantage(monkeypatch: pytest.M
     assert not torch.allclose(one, other, rtol=1e-2), "a [B, 1] anywhere would average the weights of the batch"
 
 
-def test_each_loss_trains_its_own_network_alone() -> None:
-    agent, batch = make(IQL, IQLConfig()), batch_of(SMALL)
-    for own in ("actor", "critic", "value"):
-        agent.zero_grad()
-        agent.losses(batch)[f"losses/{own}"].backward()
-        touched = {n.split(".")[0] for n, p in agent.named_parameters() if p.grad is not None and p.grad.any()}
+@pytest.mark.parametrize(
+    ("agent", "config", "owners"),
+    [
+        (IQL, IQLConfig(), {"actor": "actor", "critic": "critic", "value": "value"}),
+        (
+            CQL,
+            CQLConfig(cloning_weight=1.0, gap=0.5),
+            {
+                "actor": "actor",
+                "critic": "critic",
+                "conservative": "critic",
+                "alpha": "log_alpha",
+                "multiplier": "log_weight",
+            },
+        ),
+    ],
+)
+def test_each_loss_trains_its_own_network_alone(agent: Any, config: Any, owners: dict[str, str]) -> None:
+    made, batch = make(agent, config), batch_of(SMALL)
+    for loss, own in owners.items():
+        made.zero_grad()
+        made.losses(batch)[f"losses/{loss}"].backward()
+        touched = {n.split(".")[0] for n, p in made.named_parameters() if p.grad is not None and p.grad.any()}
         assert touched == {own}
+    assert {name.removeprefix("losses/") for name in made.losses(batch) if "losses/" in name} == set(owners)
 
 
 def test_the_target_critic_starts_equal_and_follows_slowly() -> None:
@@ -107,6 +126,87 @@ def test_a_terminal_state_has_no_future() -> None:
     torch.testing.assert_close(agent.losses(ended)["losses/critic"], expected)
 
 
+def test_the_soft_maximum_is_the_integral_over_actions_whatever_the_proposals() -> None:
+    """Q(a) = k a on [-1, 1]: the integral of exp(Q) is 2 sinh(k) / k, and 2 exp(q) for a constant q."""
+    k, n = 2.0, 200_000
+    uniform = 2 * torch.rand(n, 1) - 1
+    skewed = 2 * torch.rand(n, 1).sqrt() - 1  # density (a + 1) / 2
+    closed = math.log(2 * math.sinh(k) / k)
+    for action, log_density in ((uniform, torch.full((n, 1), -math.log(2))), (skewed, torch.log((skewed + 1) / 2))):
+        estimate = log_mean_exp((k * action)[None].expand(2, -1, -1), log_density, 1.0)
+        assert estimate.flatten().tolist() == pytest.approx([closed] * 2, abs=0.02)
+    constant = log_mean_exp(torch.full((2, 30, 1), 0.7), torch.full((30, 1), -math.log(2)), 0.5)
+    assert constant.flatten().tolist() == pytest.approx([0.7 + 0.5 * math.log(2)] * 2)
+
+
+def test_the_conservative_gap_by_hand() -> None:
+    proposed = torch.tensor([[[0.0], [1.0]], [[2.0], [2.0]]])  # twins x 2 proposals x 1 state
+    recorded = torch.tensor([[0.5], [3.0]])
+    gap = conservative_gap(proposed, torch.zeros(2, 1), recorded, 1.0)
+    assert gap.tolist() == pytest.approx([math.log((1 + math.e) / 2) - 0.5, 2.0 - 3.0])
+
+
+@pytest.mark.parametrize("equivariance", FAMILIES)
+def test_cql_s_losses_are_the_paper_s(equivariance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, batch = make(CQL, CQLConfig(proposals=2), equivariance), batch_of(SMALL)
+    with torch.no_grad():  # a temperature and targets of their own, so that confusing two networks shows
+        for p in agent.target_critic.parameters():
+            p.mul_(1.1)
+    torch.manual_seed(1)
+    losses = agent.losses(batch)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        pi, next_pi, alpha = agent.actor(batch.state), agent.actor(batch.next_state), 0.01
+        action, log_prob, share = next_pi.with_every_command(*next_pi.sample(1))
+        soft = agent.target_critic(batch.next_state, action).amin(dim=0) - alpha * log_prob
+        target = batch.reward + batch.discount * (share * soft).sum(dim=0)
+        proposals = [agent._uniform.sample(2, batch.action), pi.sample(2), next_pi.sample(2)]
+        gap = critic = 0.0
+        for k in range(2):
+            for i in range(5):
+                recorded = float(agent.critic(batch.state, batch.action)[k, i])
+                terms = [
+                    math.exp(float(agent.critic(batch.state, a[n : n + 1])[k, 0, i]) - float(density[n, i]))
+                    for a, density in proposals
+                    for n in range(2)
+                ]
+                gap += (math.log(sum(terms) / 6) - recorded) / 5
+                critic += (recorded - float(target[i])) ** 2 / 5
+        action, log_prob, share = pi.with_every_command(*pi.sample(1))
+        soft = agent.critic(batch.state, action).amin(dim=0) - alpha * log_prob
+        actor = -(share * soft).sum(dim=0).mean().item()
+        entropy = -(share * log_prob).sum(dim=0).mean().item()
+    got = [losses[f"losses/{n}"].item() for n in ("critic", "conservative", "actor", "alpha")]
+    assert got == pytest.approx([critic, gap, actor, alpha * (entropy + 5)], rel=1e-3)
+
+
+def test_cql_looks_at_each_image_once_per_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, batch, seen = make(CQL, CQLConfig()), batch_of(SMALL), []
+    for name in ("actor", "critic", "target_critic"):
+        role = getattr(agent, name)
+        encode = role.encode
+        monkeypatch.setattr(role, "encode", lambda s, e=encode, n=name: (seen.append(n), e(s))[1])
+    agent.losses(batch)
+    assert sorted(seen) == ["actor", "actor", "critic", "target_critic"]
+
+
+def test_the_temperature_rises_while_the_policy_is_too_certain(reach: Dataset) -> None:
+    for target, rises in ((100.0, True), (-100.0, False)):
+        agent = make(CQL, CQLConfig(target_entropy=target))
+        Learner(agent, 1e-2, bf16=False).update(reach.batch(torch.arange(8)))
+        assert (agent.log_alpha.item() > math.log(0.01)) is rises
+    fixed = make(CQL, CQLConfig(entropy="fixed", target_entropy=100.0))
+    Learner(fixed, 1e-2, bf16=False).update(reach.batch(torch.arange(8)))
+    assert fixed.log_alpha.item() == pytest.approx(math.log(0.01))
+
+
+def test_the_lagrangian_variant_adapts_its_weight_to_the_gap(reach: Dataset) -> None:
+    for wanted, rises in ((-100.0, True), (100.0, False)):
+        agent = make(CQL, CQLConfig(gap=wanted))
+        Learner(agent, 1e-2, bf16=False).update(reach.batch(torch.arange(8)))
+        assert (agent.log_weight.item() > 0.0) is rises
+
+
 @pytest.mark.parametrize(("equivariance", "share"), [("both", 0.1), ("none", 0.7)])
 def test_behaviour_cloning_learns_to_reach(reach: Dataset, equivariance: str, share: float) -> None:
     learner = Learner(make(BC, BCConfig(), equivariance), 3e-3, bf16=False)
@@ -123,14 +223,18 @@ def test_behaviour_cloning_learns_to_reach(reach: Dataset, equivariance: str, sh
     assert error() < share * before
 
 
-def test_iql_finds_out_which_of_two_actions_is_worth_more(reach: Dataset) -> None:
+def test_iql_and_cql_find_out_which_of_two_actions_is_worth_more(reach: Dataset) -> None:
     """In every state, going up once earned 1 and going down once earned nothing: cloning averages the two."""
     every = reach.batch(torch.arange(16).repeat(2))
     up = torch.arange(2).repeat_interleave(16).float()
     action = torch.zeros_like(every.action)
     action[:, SMALL.action.slice_of("lift")] = (1.6 * up - 0.8)[:, None]
     batch = Batch(every.state, action, up, torch.zeros(32), every.next_state)
-    agents = {"iql": make(IQL, IQLConfig(temperature=0.1)), "bc": make(BC, BCConfig())}
+    agents = {
+        "iql": make(IQL, IQLConfig(temperature=0.1)),
+        "cql": make(CQL, CQLConfig()),
+        "bc": make(BC, BCConfig()),
+    }
     lift = {}
     for name, agent in agents.items():
         learner = Learner(agent, 3e-3, bf16=False)
@@ -139,6 +243,7 @@ def test_iql_finds_out_which_of_two_actions_is_worth_more(reach: Dataset) -> Non
         with torch.no_grad():
             lift[name] = agent.actor(batch.state).mode()[:, SMALL.action.slice_of("lift")].mean().item()
     assert lift["iql"] > 0.6
+    assert lift["cql"] > 0.6
     assert abs(lift["bc"]) < 0.3
 
 
@@ -146,13 +251,32 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm() -> None:
     agent, batch = make(BC, BCConfig()), batch_of(SMALL)
     learner = Learner(agent, 1e-3, bf16=False)
     before = [p.clone() for p in agent.parameters()]
-    broken = Batch(batch.state, batch.action * float("nan"), batch.reward, batch.continues, batch.next_state)
+    broken = Batch(batch.state, batch.action * float("nan"), batch.reward, batch.discount, batch.next_state)
     with pytest.raises(Diverged, match="losses/actor"):
         learner.update(broken)
     assert all(torch.equal(a, b) for a, b in zip(before, agent.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("bad", [{"expectile": 0.3}, {"expectile": 1.0}, {"temperature": 0.0}, {"discount": 1.0}])
+def test_a_value_beyond_all_reason_stops_too() -> None:
+    agent, batch = make(IQL, IQLConfig()), batch_of(SMALL)
+    learner = Learner(agent, 1e-3, bf16=False, value_bound=1.0)
+    far = [p for n, p in agent.target_critic.named_parameters() if n.endswith("last.bias") or "last" in n]
+    with torch.no_grad():
+        for p in far:
+            p.add_(50.0)
+    with pytest.raises(Diverged, match="values/q exploded"):
+        learner.update(batch)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"proposals": 0}, {"softness": 0.0}, {"target_rate": 2.0}, {"cloning_weight": -1.0}, {"largest_weight": 0}]
+)
+def test_cql_s_knobs_outside_their_range_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        CQLConfig(**bad)
+
+
+@pytest.mark.parametrize("bad", [{"expectile": 0.3}, {"expectile": 1.0}, {"temperature": 0.0}])
 def test_knobs_outside_their_range_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):
         IQLConfig(**bad)

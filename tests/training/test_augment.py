@@ -26,7 +26,7 @@ def batch_of(spec: PolicySpec, size: int = 5) -> Batch:
         state=State(smooth[:size], gripper[:size]),
         action=torch.rand(size, ACTION.size) - 0.5,
         reward=torch.rand(size),
-        continues=torch.ones(size),
+        discount=torch.full((size,), 0.99),
         next_state=State(smooth[size:], gripper[size:]),
     )
 
@@ -49,7 +49,7 @@ def test_images_and_actions_turn_as_the_contract_says(
 
 def test_every_sample_gets_an_angle_of_its_own() -> None:
     batch = batch_of(SMALL)
-    same = Batch(batch.state, batch.action[:1].expand(5, -1), batch.reward, batch.continues, batch.next_state)
+    same = Batch(batch.state, batch.action[:1].expand(5, -1), batch.reward, batch.discount, batch.next_state)
     after = randomly(same, SMALL, torch.Generator().manual_seed(0), reflections=False)
     planar = after.action[:, ACTION.slice_of("planar")]
     assert len(torch.unique(planar.round(decimals=4), dim=0)) == 5

@@ -25,7 +25,26 @@ def test_transitions_are_those_that_minari_stores(reach: Dataset, reach_path: Pa
         np.testing.assert_array_equal(batch.next_state.gripper[row], source.observations["gripper"][step + 1])
         np.testing.assert_allclose(SMALL.action.denormalize(batch.action[row].numpy()), source.actions[step], atol=1e-6)
     assert batch.reward.tolist() == [0.0, 1.0, 0.0]
-    assert batch.continues.tolist() == [1.0, 0.0, 1.0]
+    assert batch.discount.tolist() == pytest.approx([0.99, 0.0, 0.99])
+
+
+@pytest.mark.parametrize("n_step", [1, 3, 10])
+def test_rewards_are_summed_over_n_steps_as_far_as_the_episode_goes(n_step: int, tmp_path: Path) -> None:
+    def edit(index: int, episode: dict[str, Any]) -> None:
+        episode["reward"] = [1.0, 0.0, 2.0, 4.0]
+        episode["termination"] = [False, False, False, index == 0]
+
+    data = load(write_dataset(tmp_path, episodes=2, edit=edit), successful_only=False, discount=0.5, n_step=n_step)
+    frames_per_episode = 5
+    for row in range(8):
+        episode, step = divmod(row, 4)
+        ahead = min(n_step, 4 - step)
+        rewards = [1.0, 0.0, 2.0, 4.0][step : step + ahead]
+        ended = step + ahead == 4 and episode == 0
+        assert data.reward[row].item() == pytest.approx(sum(0.5**i * r for i, r in enumerate(rewards)))
+        assert data.discount[row].item() == pytest.approx(0.0 if ended else 0.5**ahead)
+        assert data.then[row].item() == episode * frames_per_episode + step + ahead
+    assert data.where(torch.tensor([0, 5])) == [(0, 0), (1, 1)]
 
 
 def test_the_hash_is_of_the_content_alone(tmp_path: Path, reach: Dataset) -> None:

@@ -8,7 +8,13 @@ import torch
 
 from protos.spaces import ACTION
 from protos.symmetry import Element
-from training.networks.distribution import INSIDE, SquashedGaussian, parameter_kinds
+from training.networks.distribution import (
+    INSIDE,
+    SquashedGaussian,
+    Uniform,
+    _motion_log_prob,
+    parameter_kinds,
+)
 
 SIZE = ACTION.size + 3
 PLANAR = ACTION.slice_of("planar")
@@ -29,7 +35,7 @@ def density_without(pi: SquashedGaussian, field: str) -> torch.Tensor:
     """Log-density [1] of the other fields at zero, where `at` holds them."""
     place = ACTION.slice_of(field)
     zero = torch.zeros(1, ACTION.size)
-    own = pi._motion_log_prob(zero[:, place], pi._location[..., place], pi._log_scale[field])
+    own = _motion_log_prob(zero[:, place], pi._location[..., place], pi._log_scale[field])
     return pi.log_prob(zero) - own
 
 
@@ -43,7 +49,7 @@ def test_the_density_of_a_scalar_motion_integrates_to_one(field: str) -> None:
     edge = 0.97  # inside the clamp, where the density is exact; the tails beyond are counted by sampling
     grid = torch.linspace(-edge, edge, 4001)
     density = (pi.log_prob(at(field, grid[:, None]))[:, 0] - density_without(pi, field)).exp()
-    samples = torch.cat([pi.sample()[:, ACTION.slice_of(field)] for _ in range(20000)])
+    samples = pi.sample(20000)[0][:, 0, ACTION.slice_of(field)]
     inside = (samples.abs() < edge).float().mean().item()
     assert torch.trapezoid(density, grid).item() == pytest.approx(inside, abs=0.015)
 
@@ -56,7 +62,7 @@ def test_the_density_of_a_planar_motion_integrates_to_one_over_the_disc() -> Non
     points = torch.stack([r * phi.cos(), r * phi.sin()], dim=-1).reshape(-1, 2)
     density = (pi.log_prob(at("planar", points))[:, 0] - density_without(pi, "planar")).exp().reshape(r.shape)
     mass = torch.trapezoid(torch.trapezoid(density * r, angle, dim=1), radius).item()
-    samples = torch.cat([pi.sample()[:, PLANAR] for _ in range(20000)])
+    samples = pi.sample(20000)[0][:, 0, PLANAR]
     assert mass == pytest.approx((samples.norm(dim=-1) < edge).float().mean().item(), abs=0.015)
 
 
@@ -86,7 +92,7 @@ def test_turning_state_and_action_leaves_the_likelihood(degrees: int) -> None:
 
 def test_samples_and_modes_stay_inside_the_limits() -> None:
     pi = distribution(4, batch=2000, spread=5.0)
-    for action in (pi.sample(), pi.mode()):
+    for action in (pi.sample(3)[0], pi.mode()):
         assert ACTION.magnitudes(ACTION.denormalize(action.numpy())).max() <= 1 + 1e-5
 
 
@@ -95,7 +101,7 @@ def test_the_mode_is_where_the_samples_are_when_the_scale_is_small() -> None:
     parameters[0, 1:5] = torch.tensor([0.4, -0.3, 0.2, -0.1])
     parameters[0, 5:] = -20.0
     pi = SquashedGaussian(parameters, ACTION)
-    motions = torch.cat([pi.sample() for _ in range(4000)])[:, 1:]
+    motions = pi.sample(4000)[0][:, 0, 1:]
     # The smallest scale is 0.22: the squash's curvature moves the mean of the samples off the mode by up to 0.02.
     torch.testing.assert_close(motions.mean(dim=0), pi.mode()[0, 1:], atol=0.03, rtol=0)
 
@@ -113,3 +119,42 @@ def test_a_likelihood_is_one_number_a_sample() -> None:
     pi = distribution(5, batch=6)
     assert pi.log_prob(torch.zeros(6, ACTION.size)).shape == (6,)
     assert pi.log_prob(torch.zeros(10, 6, ACTION.size)).shape == (10, 6)
+
+
+def test_a_sample_comes_with_its_own_log_probability() -> None:
+    pi = distribution(6, batch=50, spread=0.5)
+    action, log_prob = pi.sample(20)
+    inside = (torch.from_numpy(ACTION.magnitudes(ACTION.denormalize(action.numpy()))) < INSIDE - 0.01)[..., 1:].all(-1)
+    assert inside.sum() > 100
+    torch.testing.assert_close(log_prob[inside], pi.log_prob(action)[inside], atol=1e-3, rtol=1e-3)
+
+
+def test_samples_far_beyond_the_bound_have_a_finite_log_probability_and_gradient() -> None:
+    parameters = torch.full((1, SIZE), 30.0, requires_grad=True)
+    action, log_prob = SquashedGaussian(parameters, ACTION).sample(8)
+    (action.sum() + log_prob.sum()).backward()
+    assert torch.isfinite(log_prob).all()
+    assert parameters.grad is not None
+    assert torch.isfinite(parameters.grad).all()
+
+
+def test_an_expectation_over_every_command_is_what_many_draws_approach() -> None:
+    pi = distribution(7, batch=3)
+    value = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0])
+    action, log_prob = pi.sample(40000)
+    sampled = ((action * value).sum(dim=-1) - log_prob).mean(dim=0)
+    every, log_every, weight = pi.with_every_command(action, log_prob)
+    assert len(every) == 2 * len(action)
+    torch.testing.assert_close(weight.sum(dim=0), torch.ones(3))
+    exact = (weight * ((every * value).sum(dim=-1) - log_every)).sum(dim=0)
+    torch.testing.assert_close(exact, sampled, atol=0.05, rtol=0)
+
+
+def test_uniform_actions_fill_the_disc_and_both_commands_with_density_one_over_the_volume() -> None:
+    action, log_prob = Uniform(ACTION).sample(20000, torch.zeros(2, ACTION.size))
+    # Half a disc's area lies within 1 / sqrt(2) of its centre. Volume: 2 commands x pi x [-1, 1] x [-1, 1].
+    assert (action[..., PLANAR].norm(dim=-1) < math.sqrt(0.5)).float().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert action[..., PLANAR].norm(dim=-1).max() <= 1
+    assert sorted(action[..., 0].unique().tolist()) == [-1.0, 1.0]
+    assert (action[..., ACTION.slice_of("yaw")] < 0.5).float().mean().item() == pytest.approx(0.75, abs=0.01)
+    assert log_prob.unique().tolist() == pytest.approx([-math.log(2 * math.pi * 4)])

@@ -21,6 +21,7 @@ from tests.training.conftest import NETWORK, SMALL
 from tests.training.test_networks import random_state
 from training.agents.agent import Agent, Learner
 from training.agents.bc import BC, BCConfig
+from training.agents.cql import CQL, CQLConfig
 from training.agents.iql import IQL, IQLConfig
 from training.batch import State
 from training.data.dataset import Dataset
@@ -30,10 +31,12 @@ from training.networks.family import EQUIVARIANCE
 PROVENANCE = Provenance("bc", "both", "C8", seed=1, updates=60)
 
 
-def trained(reach: Dataset, agent: Any = BC, config: Any = None, equivariance: str = "both") -> Agent:
+def trained(
+    reach: Dataset, agent: Any = BC, config: Any = None, equivariance: str = "both", updates: int = 60
+) -> Agent:
     made: Agent = agent(NETWORK, SMALL, EQUIVARIANCE[equivariance], config or BCConfig())
     learner, generator = Learner(made, 3e-3, bf16=False), torch.Generator().manual_seed(0)
-    for _ in range(60):
+    for _ in range(updates):
         learner.update(reach.sample(16, generator))
     return made
 
@@ -93,13 +96,17 @@ def test_it_is_one_file_of_ordinary_layers(policy: Path) -> None:
     assert [o.name for o in model.graph.output] == list(OUTPUTS)
 
 
-def test_a_critic_s_value_comes_along(reach: Dataset, tmp_path: Path) -> None:
-    agent = trained(reach, IQL, IQLConfig())
-    export(agent, reach, replace(PROVENANCE, algorithm="iql"), tmp_path / "policy.onnx")
+@pytest.mark.parametrize("equivariance", ["both", "none"])
+@pytest.mark.parametrize(("kind", "config"), [(IQL, IQLConfig()), (CQL, CQLConfig(proposals=2))])
+def test_a_critic_s_value_comes_along(
+    kind: Any, config: Any, equivariance: str, reach: Dataset, tmp_path: Path
+) -> None:
+    agent = trained(reach, kind, config, equivariance, updates=5)
+    export(agent, reach, replace(PROVENANCE, equivariance=equivariance), tmp_path / "policy.onnx")
     state = random_state(SMALL, batch=1)
     served = prove(load(tmp_path / "policy.onnx"))
     with torch.no_grad():
-        expected = agent.value_function(state).item()  # type: ignore[misc]
+        expected = agent.state_value(state).item()  # type: ignore[union-attr]
     assert served.act(Observation(state.depth[0, 0].numpy(), float(state.gripper[0]))).value == pytest.approx(
         expected, abs=1e-5
     )

@@ -198,7 +198,7 @@ def test_nothing_outside_the_disc_is_looked_at(equivariance: str) -> None:
 def test_images_that_do_not_tile_are_refused_with_the_sizes_that_do() -> None:
     with pytest.raises(ValueError, match=r"network\.pool: .*8 times a power of two.* 48"):
         stages(NetworkConfig(), ObservationSpec(height=96, width=96))
-    with pytest.raises(ValueError, match=r"network\.fields: expected 5 entries"):
+    with pytest.raises(ValueError, match=r"network\.fields: expected 5 or more entries"):
         stages(NetworkConfig(fields=(4, 4)), SPEC.observation)
 
 
@@ -209,5 +209,16 @@ def test_groups_without_quarter_turns_are_refused(group: str) -> None:
 
 
 def test_a_view_that_does_not_fit_the_fields_says_which_pooling_does() -> None:
-    with pytest.raises(Rejected, match=r"--network\.pool 1"):
-        stages(NetworkConfig(), ObservationSpec(height=64, width=64))
+    with pytest.raises(Rejected, match=r"--network\.pool 4"):
+        stages(NetworkConfig(), ObservationSpec(height=256, width=256))
+
+
+def test_more_fields_than_halvings_make_convolutions_at_the_narrowest() -> None:
+    paper = stages(NetworkConfig(fields=(8, 16, 32, 64, 128, 64, 64), pool=1), SPEC.observation)
+    assert [(s.fields, s.padding, s.pool) for s in paper] == [
+        (8, 1, True), (16, 1, True), (32, 1, True), (64, 1, True), (128, 1, False), (64, 0, True), (64, 0, False),
+    ]  # fmt: skip
+    actor = make_actor(NetworkConfig(fields=(4, 8, 8, 8), hidden=8), SMALL, EQUIVARIANCE["both"])
+    state = random_state(SMALL)
+    after = actor(turned(state, QUARTER_TURNS[0], SMALL)).mode()
+    torch.testing.assert_close(after, turned_action(actor(state).mode(), QUARTER_TURNS[0]), atol=EXACT, rtol=0)

@@ -15,7 +15,8 @@ import torch
 from protos.errors import Rejected
 from training.agents.bc import BC
 from training.config import parse
-from training.run import Run, _record, train
+from training.loop import Run
+from training.run import _record, train
 
 SMALL_RUN = ("--network.fields", "4", "8", "8", "--network.hidden", "8", "--batch-size", "8")
 
@@ -33,7 +34,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("algo", ["bc", "iql"])
+@pytest.mark.parametrize("algo", ["bc", "iql", "cql"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does_bit_for_bit(
     algo: str, precision: str, reach_path: Path, tmp_path: Path

@@ -4,10 +4,12 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from training.batch import Batch
-from training.networks.roles import Actor, Value
+from training.batch import Batch, State
+from training.networks.roles import Actor, Critic
 
 
 class Agent(nn.Module):
@@ -23,43 +25,69 @@ class Agent(nn.Module):
         """Scalar losses by name ("losses/actor") to minimise, and other scalars ("values/q") to log."""
         raise NotImplementedError
 
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The losses, under the name by which torch's data parallelism calls them."""
+        return self.losses(batch)
+
     def follow(self) -> None:
         """Move target networks; most agents have none."""
 
     @property
-    def value_function(self) -> Value | None:
-        """What the exported policy reports as the value of an observation, if the algorithm learns one."""
+    def q_function(self) -> Critic | None:
+        """Q(s, a), if the algorithm learns one."""
+        return None
+
+    def state_value(self, state: State) -> Float[Tensor, " B"] | None:
+        """What the exported policy reports as the value of an observation, if the algorithm knows one."""
+        return None
+
+    def export_value(self) -> nn.Module | None:
+        """`state_value` as ordinary torch layers: (depth, gripper, greedy normalised action) -> [B]."""
         return None
 
 
 class Learner:
     """An agent with its optimiser: one `update` per batch, and everything that a resumed run needs."""
 
-    def __init__(self, agent: Agent, learning_rate: float, *, bf16: bool) -> None:
-        self.agent, self._learning_rate, self._bf16 = agent, learning_rate, bf16
+    def __init__(
+        self, agent: Agent, learning_rate: float, *, bf16: bool, value_bound: float = math.inf, processes: int = 1
+    ) -> None:
+        """`value_bound`: values further from zero than this have exploded. `processes`: of torch.distributed, whose
+        gradients are averaged."""
+        self.agent, self._learning_rate, self._bf16, self._value_bound = agent, learning_rate, bf16, value_bound
+        self._losses = agent if processes == 1 else DistributedDataParallel(agent, broadcast_buffers=False)
         trained = [p for p in agent.parameters() if p.requires_grad]
         self._optimiser = torch.optim.Adam(trained, lr=learning_rate)
 
     def update(self, batch: Batch, rate: float = 1.0) -> dict[str, float]:
         """One step at `rate` times the learning rate; returns every loss and value by name.
 
-        Raises Diverged when a loss is not finite; no parameter has been touched then.
+        Raises Diverged when a loss is not finite or a value has exploded; no parameter has been touched then.
         """
         for group in self._optimiser.param_groups:
             group["lr"] = self._learning_rate * rate
         device = batch.action.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self._bf16):
-            named = self.agent.losses(batch)
-        scalars = {name: float(value.detach()) for name, value in named.items()}
-        bad = [name for name, value in scalars.items() if not math.isfinite(value)]
-        if bad:
-            raise Diverged(bad, scalars)
+            named = self._losses(batch)
+        # One transfer for all: on a GPU each would wait for the whole update.
+        values = torch.stack([value.detach().float() for value in named.values()]).tolist()
+        scalars = dict(zip(named, values, strict=True))
+        self._require_sane(scalars)
         self._optimiser.zero_grad(set_to_none=True)
         total = torch.stack([value for name, value in named.items() if name.startswith("losses/")]).sum()
         total.backward()
         self._optimiser.step()
         self.agent.follow()
         return scalars
+
+    def _require_sane(self, scalars: dict[str, float]) -> None:
+        bad = [name for name, value in scalars.items() if not math.isfinite(value)]
+        if bad:
+            raise Diverged(f"{', '.join(bad)} not finite", scalars)
+        for name in ("values/q", "values/v"):
+            if abs(scalars.get(name, 0.0)) > self._value_bound:
+                beyond = f"ten times what any policy could earn, {self._value_bound:.3g}"
+                raise Diverged(f"{name} exploded: {scalars[name]:.3g} is beyond {beyond}", scalars)
 
     def state_dict(self) -> dict[str, Any]:
         return {"agent": self.agent.state_dict(), "optimiser": self._optimiser.state_dict()}
@@ -70,13 +98,11 @@ class Learner:
 
 
 class Diverged(RuntimeError):
-    """A loss is NaN or infinite."""
+    """A loss is NaN or infinite, or a value is larger than rewards allow."""
 
-    def __init__(self, names: list[str], scalars: dict[str, float]) -> None:
-        super().__init__(
-            f"{', '.join(names)} not finite; all scalars of this update: {scalars}. "
-            "Lower --learning-rate, or check the dataset's rewards and actions"
-        )
+    def __init__(self, what: str, scalars: dict[str, float]) -> None:
+        super().__init__(what)
+        self.scalars = scalars
 
 
 def frozen_copy_of(network: nn.Module, like: nn.Module) -> nn.Module:

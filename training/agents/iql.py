@@ -4,22 +4,20 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from protos.spaces import PolicySpec
 from training.agents.agent import Agent, frozen_copy_of, polyak
 from training.agents.losses import advantage_weight, expectile_loss
-from training.batch import Batch
+from training.batch import Batch, State
 from training.networks.family import NetworkConfig
-from training.networks.roles import Critic, Value, make_actor, make_critic, make_value
+from training.networks.roles import Critic, make_actor, make_critic, make_value
 
 
 @dataclass(frozen=True)
 class IQLConfig:
     """Knobs of implicit Q-learning; the defaults are the paper's for this method."""
 
-    discount: float = 0.99
-    """How much a reward one step later is worth."""
     expectile: float = 0.8
     """Which expectile of Q over dataset actions V estimates; 0.5 is the mean, towards 1 the best seen action."""
     temperature: float = 0.5
@@ -32,8 +30,6 @@ class IQLConfig:
     def __post_init__(self) -> None:
         if not 0.5 <= self.expectile < 1.0:
             raise ValueError(f"expectile must lie in [0.5, 1), got {self.expectile}; the paper uses 0.8")
-        if not 0.0 <= self.discount < 1.0:
-            raise ValueError(f"discount must lie in [0, 1), got {self.discount}; the paper uses 0.99")
         if self.temperature <= 0 or self.largest_weight <= 0 or not 0 < self.target_rate <= 1:
             raise ValueError(f"temperature, largest_weight and target_rate must be positive, got {self}")
 
@@ -54,7 +50,7 @@ class IQL(Agent):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
             q = self.target_critic(batch.state, batch.action).amin(dim=0)  # [B]
-            backup = batch.reward + self.cfg.discount * batch.continues * self.value(batch.next_state)  # [B]
+            backup = batch.reward + batch.discount * self.value(batch.next_state)  # [B]
         v = self.value(batch.state)
         weight = advantage_weight(q - v.detach(), self.cfg.temperature, self.cfg.largest_weight)
         return {
@@ -70,5 +66,11 @@ class IQL(Agent):
         polyak(self.target_critic, self.critic, self.cfg.target_rate)
 
     @property
-    def value_function(self) -> Value:
-        return self.value
+    def q_function(self) -> Critic:
+        return self.critic
+
+    def state_value(self, state: State) -> Tensor:
+        return self.value(state)
+
+    def export_value(self) -> nn.Module:
+        return self.value.export()

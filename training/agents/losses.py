@@ -1,5 +1,8 @@
 """The terms of the algorithms as pure functions of tensors; every input and result is stated with its shape."""
 
+import math
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -13,3 +16,23 @@ def expectile_loss(difference: Float[Tensor, " B"], expectile: float) -> Float[T
 def advantage_weight(advantage: Float[Tensor, " B"], temperature: float, largest: float) -> Float[Tensor, " B"]:
     """exp(A / beta), clipped so that no single sample owns the batch (IQL, eq. 7)."""
     return (advantage / temperature).exp().clamp(max=largest)
+
+
+def log_mean_exp(
+    q: Float[Tensor, "2 N B"], log_density: Float[Tensor, "N B"], temperature: float
+) -> Float[Tensor, "2 B"]:
+    """T log of the integral of exp(Q(s, a) / T) over actions, from N proposals weighted by their own densities.
+
+    The importance-sampled soft maximum of CQL(H) (Kumar et al., 2020, appendix F).
+    """
+    return temperature * (torch.logsumexp(q / temperature - log_density, dim=1) - math.log(q.shape[1]))
+
+
+def conservative_gap(
+    proposed: Float[Tensor, "2 N B"],
+    log_density: Float[Tensor, "N B"],
+    recorded: Float[Tensor, "2 B"],
+    temperature: float,
+) -> Float[Tensor, "2"]:
+    """How far the soft maximum of Q over all actions lies above Q of the recorded ones (CQL, eq. 4)."""
+    return (log_mean_exp(proposed, log_density, temperature) - recorded).mean(dim=1)

@@ -26,6 +26,8 @@ class Dataset:
     dataset_id: str
     sha256: str
     """Of every array's content, so that the same episodes have the same hash whatever wrote the file."""
+    env_spec: str | None
+    """JSON of the Gymnasium EnvSpec it was recorded in; None when there was no simulator."""
     episodes: int
     depth: Float[Tensor, "F 1 H W"]
     gripper: Float[Tensor, "F 1"]
@@ -34,7 +36,10 @@ class Dataset:
     action: Float[Tensor, "T A"]
     """Normalised."""
     reward: Float[Tensor, " T"]
-    continues: Float[Tensor, " T"]
+    """Of as many steps as there are between `now` and `then`, discounted."""
+    discount: Float[Tensor, " T"]
+    origin: Int[NDArray, "T 2"]
+    """(episode, step) on disk."""
 
     def __len__(self) -> int:
         return len(self.action)
@@ -46,57 +51,79 @@ class Dataset:
             state=State(self.depth[now], self.gripper[now]),
             action=self.action[index],
             reward=self.reward[index],
-            continues=self.continues[index],
+            discount=self.discount[index],
             next_state=State(self.depth[then], self.gripper[then]),
         )
 
-    def sample(self, size: int, generator: torch.Generator) -> Batch:
-        """`size` transitions, uniform with replacement."""
+    def draw(self, size: int, generator: torch.Generator) -> Int[Tensor, " B"]:
+        """Indices of `size` transitions, uniform with replacement."""
         index = torch.randint(len(self), (size,), generator=generator, device=generator.device)
-        return self.batch(index.to(self.action.device))
+        return index.to(self.action.device)
+
+    def sample(self, size: int, generator: torch.Generator) -> Batch:
+        """The transitions that `draw` chooses."""
+        return self.batch(self.draw(size, generator))
+
+    def where(self, index: Int[Tensor, " B"]) -> list[tuple[int, int]]:
+        """(episode, step) of each transition, as the dataset on disk numbers them."""
+        return [(int(self.origin[i, 0]), int(self.origin[i, 1])) for i in index.tolist()]
 
 
-def load(path: Path, *, successful_only: bool, device: torch.device | None = None) -> Dataset:
+def load(
+    path: Path,
+    *,
+    successful_only: bool,
+    discount: float = 0.99,
+    n_step: int = 1,
+    device: torch.device | None = None,
+) -> Dataset:
     """Read a dataset that `sim_client.collect`, or anything that follows its schema, wrote to `path`.
 
     Args:
         successful_only: keep the episodes that end with a positive reward; behaviour cloning imitates no failure.
+        discount: what a reward one step later is worth.
+        n_step: how many steps of reward an update looks ahead before it trusts a value, fewer at an episode's end.
 
     Raises:
         Rejected: naming episode, step and field of the first thing that does not fit the contract in its metadata.
     """
     about = store.read_about(path)
     digest = hashlib.sha256(about.spec.digest.encode())
-    episodes = []
-    for episode in store.read(path):
-        arrays = _Arrays.of(episode, about.spec)
-        for array in (arrays.depth, arrays.gripper, arrays.action, arrays.reward, arrays.continues):
+    episodes, origin = [], []
+    for number, episode in enumerate(store.read(path)):
+        arrays = _Arrays.of(episode, about.spec, discount, n_step)
+        for array in (arrays.depth, arrays.gripper, arrays.action, episode.reward, [episode.terminated]):
             digest.update(np.ascontiguousarray(array).tobytes())
         if episode.success or not successful_only:
             episodes.append(arrays)
+            origin += [(number, step) for step in range(len(episode))]
     if not episodes:
         kind = "successful episodes" if successful_only else "episodes"
         raise Rejected(str(path), f"at least one of its {kind}", "none", "collect more, or use --algo iql")
     starts = np.cumsum([0] + [len(e.depth) for e in episodes[:-1]])
-    steps = [start + np.arange(len(e.action)) for start, e in zip(starts, episodes, strict=True)]
 
     def tensor(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(e, name) for e in episodes])).to(device)
 
-    now = torch.from_numpy(np.concatenate(steps)).to(device)
+    def frames(name: str) -> Tensor:
+        indices = [start + getattr(e, name) for start, e in zip(starts, episodes, strict=True)]
+        return torch.from_numpy(np.concatenate(indices)).to(device)
+
     return Dataset(
         spec=about.spec,
         task=about.task,
         dataset_id=about.dataset_id,
         sha256=digest.hexdigest(),
+        env_spec=about.env_spec,
         episodes=len(episodes),
         depth=tensor("depth")[:, None],
         gripper=tensor("gripper"),
-        now=now,
-        then=now + 1,
+        now=frames("now"),
+        then=frames("then"),
         action=tensor("action"),
         reward=tensor("reward"),
-        continues=tensor("continues"),
+        discount=tensor("discount"),
+        origin=np.array(origin),
     )
 
 
@@ -104,13 +131,28 @@ def load(path: Path, *, successful_only: bool, device: torch.device | None = Non
 class _Arrays:
     depth: NDArray[np.float32]  # [T + 1, H, W]
     gripper: NDArray[np.float32]  # [T + 1, 1]
+    now: NDArray[np.int64]  # [T]
+    then: NDArray[np.int64]  # [T]
     action: NDArray[np.float32]  # [T, A] normalised
     reward: NDArray[np.float32]  # [T]
-    continues: NDArray[np.float32]  # [T]
+    discount: NDArray[np.float32]  # [T]
 
     @classmethod
-    def of(cls, episode: Episode, spec: PolicySpec) -> "_Arrays":
-        normalized = np.asarray(spec.action.normalize(episode.action), np.float32)
-        continues = np.ones(len(episode), np.float32)
-        continues[-1] = not episode.terminated
-        return cls(episode.depth, episode.gripper, normalized, episode.reward, continues)
+    def of(cls, episode: Episode, spec: PolicySpec, discount: float, n_step: int) -> "_Arrays":
+        end = len(episode)
+        now = np.arange(end)
+        then = np.minimum(now + n_step, end)
+        reward: NDArray[np.float64] = np.zeros(end)
+        for ahead in reversed(range(n_step)):  # r_t + gamma (r_t+1 + gamma (...)), 0 beyond the end
+            there = np.concatenate([episode.reward[ahead:], np.zeros(min(ahead, end))])
+            reward = there + discount * reward
+        ended = (then == end) & episode.terminated
+        return cls(
+            depth=episode.depth,
+            gripper=episode.gripper,
+            now=now,
+            then=then,
+            action=np.asarray(spec.action.normalize(episode.action), np.float32),
+            reward=reward.astype(np.float32),
+            discount=np.where(ended, 0.0, discount ** (then - now)).astype(np.float32),
+        )

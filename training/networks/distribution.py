@@ -57,16 +57,43 @@ class SquashedGaussian:
         ]
         return torch.cat(parts, dim=-1)
 
-    def sample(self, generator: torch.Generator | None = None) -> Float[Tensor, "B A"]:
-        """One draw per state, differentiable through motions, not through commands."""
-        parts = []
+    def sample(self, count: int) -> tuple[Float[Tensor, "S B A"], Float[Tensor, "S B"]]:
+        """`count` draws a state and their log-probabilities; differentiable through motions, not through commands."""
+        parts, total = [], torch.zeros(())
+        for field, loc in self._located():
+            wide = loc.expand(count, *loc.shape)
+            if is_command(field):
+                part = 2 * torch.bernoulli(torch.sigmoid(wide)) - 1
+                log_prob = _command_log_prob(part, loc)
+            else:
+                log_scale = self._log_scale[field.name]
+                u = wide + log_scale.exp()[..., None] * torch.randn_like(wide)
+                part, log_prob = _squash(u), _motion_log_prob(u, loc, log_scale)
+            parts.append(part)
+            total = total + log_prob
+        return torch.cat(parts, dim=-1), total
+
+    def with_every_command(
+        self, action: Float[Tensor, "S B A"], log_prob: Float[Tensor, "S B"]
+    ) -> tuple[Float[Tensor, "K*S B A"], Float[Tensor, "K*S B"], Float[Tensor, "K*S B"]]:
+        """Draws, repeated with every combination of commands: actions, log-probabilities and weights.
+
+        The weights sum to 1 over the first axis: expectations are exact over commands and sampled over motions.
+        """
+        shares = torch.full_like(log_prob, 1 / len(log_prob))
         for field, loc in self._located():
             if is_command(field):
-                parts.append(2 * torch.bernoulli(torch.sigmoid(loc), generator=generator) - 1)
-            else:
-                noise = torch.randn(loc.shape, generator=generator, dtype=loc.dtype, device=loc.device)
-                parts.append(_squash(loc + self._log_scale[field.name].exp()[..., None] * noise))
-        return torch.cat(parts, dim=-1)
+                place = self._spec.slice_of(field.name)
+                log_prob = log_prob - _command_log_prob(action[..., place], loc)
+                branches = []
+                for command in (-1.0, 1.0):
+                    branch = action.clone()
+                    branch[..., place] = command
+                    branches.append((branch, _command_log_prob(branch[..., place], loc)))
+                action = torch.cat([branch for branch, _ in branches])
+                shares = torch.cat([shares * added.exp() for _, added in branches])
+                log_prob = torch.cat([log_prob + added for _, added in branches])
+        return action, log_prob, shares
 
     def log_prob(self, action: Float[Tensor, "*S B A"]) -> Float[Tensor, "*S B"]:
         """Log-density of normalised actions; of a command, the log-likelihood of its expectation."""
@@ -74,10 +101,9 @@ class SquashedGaussian:
         for field, loc in self._located():
             a = action[..., self._spec.slice_of(field.name)]
             if is_command(field):
-                share = (a[..., 0] + 1) / 2
-                total = total + share * F.logsigmoid(loc[..., 0]) + (1 - share) * F.logsigmoid(-loc[..., 0])
+                total = total + _command_log_prob(a, loc)
             else:
-                total = total + self._motion_log_prob(a, loc, self._log_scale[field.name])
+                total = total + _motion_log_prob(_unsquash(a), loc, self._log_scale[field.name])
         return total
 
     def std(self) -> Float[Tensor, "B A"]:
@@ -94,26 +120,63 @@ class SquashedGaussian:
     def _located(self) -> list[tuple[Field, Tensor]]:
         return [(f, self._location[..., self._spec.slice_of(f.name)]) for f in self._spec.fields]
 
-    @staticmethod
-    def _motion_log_prob(
-        a: Float[Tensor, "*S B n"], loc: Float[Tensor, "B n"], log_scale: Float[Tensor, " B"]
-    ) -> Float[Tensor, "*S B"]:
-        n = a.shape[-1]
-        radius = _norm(a)  # [*S, B, 1], |a| = tanh |u|
-        squashed = radius.clamp(max=INSIDE)
-        unsquashed = torch.atanh(squashed)
-        u = a * (unsquashed / radius)
-        gaussian = -((u - loc).square().sum(dim=-1) / (2 * torch.exp(2 * log_scale)))
-        gaussian = gaussian - n * (log_scale + 0.5 * math.log(2 * math.pi))
-        # |da/du| = (1 - tanh^2 r) (tanh(r) / r)^(n - 1): one radial direction, n - 1 tangential ones.
-        log_det = torch.log1p(-squashed.square()) + (n - 1) * torch.log(squashed / unsquashed)
-        return gaussian - log_det[..., 0]
+
+class Uniform:
+    """The uniform distribution over normalised actions: motions over their ball, commands over their two ends."""
+
+    def __init__(self, spec: ActionSpec) -> None:
+        self._spec = spec
+        # A ball of n dimensions has the volume pi^(n/2) / Gamma(n/2 + 1); two ends count as 2.
+        sizes = [len(f.components) for f in spec.fields if not is_command(f)]
+        volumes = [math.pi ** (n / 2) / math.gamma(n / 2 + 1) for n in sizes]
+        self.log_volume = math.log(math.prod(volumes) * 2 ** (len(spec.fields) - len(sizes)))
+
+    def sample(self, count: int, like: Float[Tensor, "B A"]) -> tuple[Float[Tensor, "S B A"], Float[Tensor, "S B"]]:
+        """`count` draws for each row of `like`, and their log-probability, which is everywhere the same."""
+        batch = like.shape[:-1]
+        parts = []
+        for field in self._spec.fields:
+            if is_command(field):
+                parts.append(2 * torch.randint(2, (count, *batch, 1), device=like.device).to(like.dtype) - 1)
+            else:
+                n = len(field.components)
+                direction = torch.randn(count, *batch, n, dtype=like.dtype, device=like.device)
+                radius = torch.rand(count, *batch, 1, dtype=like.dtype, device=like.device) ** (1 / n)
+                parts.append(direction / _norm(direction) * radius)
+        action = torch.cat(parts, dim=-1)
+        return action, torch.full_like(action[..., 0], -self.log_volume)
+
+
+def _command_log_prob(command: Float[Tensor, "*S B 1"], loc: Float[Tensor, "B 1"]) -> Float[Tensor, "*S B"]:
+    share = (command[..., 0] + 1) / 2
+    return share * F.logsigmoid(loc[..., 0]) + (1 - share) * F.logsigmoid(-loc[..., 0])
+
+
+def _motion_log_prob(
+    u: Float[Tensor, "*S B n"], loc: Float[Tensor, "B n"], log_scale: Float[Tensor, " B"]
+) -> Float[Tensor, "*S B"]:
+    """Log-density of squash(u) where u ~ N(loc, scale^2 I)."""
+    n = u.shape[-1]
+    gaussian = -((u - loc).square().sum(dim=-1) / (2 * torch.exp(2 * log_scale)))
+    gaussian = gaussian - n * (log_scale + 0.5 * math.log(2 * math.pi))
+    # |da/du| = (1 - tanh^2 r) (tanh(r) / r)^(n - 1): one radial direction, n - 1 tangential ones.
+    radius = _norm(u)[..., 0]
+    log_det = 2 * (math.log(2) - radius - F.softplus(-2 * radius))  # log(1 - tanh^2 r), where it underflows too
+    if n > 1:
+        log_det = log_det + (n - 1) * torch.log(torch.tanh(radius) / radius)
+    return gaussian - log_det
 
 
 def _squash(u: Float[Tensor, "*B n"]) -> Float[Tensor, "*B n"]:
     """u tanh(|u|) / |u|: into the unit ball along the radius; for n = 1, tanh."""
     radius = _norm(u)
     return u * (torch.tanh(radius) / radius)
+
+
+def _unsquash(a: Float[Tensor, "*B n"]) -> Float[Tensor, "*B n"]:
+    """The inverse of `_squash`, from inside the bound."""
+    radius = _norm(a)
+    return a * (torch.atanh(radius.clamp(max=INSIDE)) / radius)
 
 
 def _norm(u: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ class NetworkConfig:
     group: str = "C8"
     """What steerable networks are built for: rotations, C4, C8 or C16, or rotations and reflections, D4, D8."""
     fields: tuple[int, ...] = (4, 12, 24, 32, 48)
-    """Regular fields after each convolution of the encoder; one field is as many channels as the group has elements."""
+    """Regular fields after each convolution of the encoder; one field is as many channels as the group has elements.
+    Each halves the image until it is 8 pixels wide; more of them than that takes work there."""
     hidden: int = 48
     """Regular fields of a head's hidden layer."""
     pool: int = 2
@@ -66,13 +67,19 @@ def stages(cfg: NetworkConfig, spec: ObservationSpec) -> tuple[Stage, ...]:
     if halvings != int(halvings) or halvings < 0:
         tiling = f"a pooled image {NARROWEST} times a power of two pixels wide"
         raise Rejected("network.pool", tiling, f"{spec.height} / {cfg.pool} = {side:g}", "choose another pooling")
-    if len(cfg.fields) != halvings + 2:
-        entries = f"{int(halvings) + 2} entries, one for each convolution of a {side:g} x {side:g} image"
+    if len(cfg.fields) < halvings + 2:
+        entries = f"{int(halvings) + 2} or more entries, one for each convolution of a {side:g} x {side:g} image"
         pool, rest = divmod(spec.height, NARROWEST * 2 ** (len(cfg.fields) - 2))
         remedy = f"or fit the image to the fields: --network.pool {pool}" if pool and not rest else ""
         raise Rejected("network.fields", entries, str(cfg.fields), remedy)
     *padded, second_last, last = cfg.fields
-    return (*(Stage(f, 1, True) for f in padded), Stage(second_last, 0, True), Stage(last, 0, False))
+    halved, kept = padded[: int(halvings)], padded[int(halvings) :]
+    return (
+        *(Stage(f, 1, True) for f in halved),
+        *(Stage(f, 1, False) for f in kept),
+        Stage(second_last, 0, True),
+        Stage(last, 0, False),
+    )
 
 
 class Encoder(Protocol):
@@ -96,7 +103,7 @@ class Head(Protocol):
     def __call__(self, features: Float[Tensor, "B F"], given: Float[Tensor, "*S B A"] | None = None) -> Tensor: ...
 
     def export(self) -> nn.Module:
-        """The same function of features alone, [B, F] -> [B, P], as ordinary torch layers; for heads given nothing."""
+        """The same function as ordinary torch layers, without sample axes."""
         ...
 
 

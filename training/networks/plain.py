@@ -48,12 +48,12 @@ class Head(nn.Module):
 
     def forward(self, features: Float[Tensor, "B F"], given: Float[Tensor, "*S B A"] | None = None) -> Tensor:
         hidden = self.from_features(features)
-        if given is not None:
-            hidden = hidden + self.from_given(given)  # type: ignore[misc]
+        if given is not None and self.from_given is not None:
+            hidden = hidden + self.from_given(given)
         return self.last(self.relu(hidden))
 
     def export(self) -> nn.Module:
-        return nn.Sequential(self.from_features, self.relu, self.last)
+        return self
 
 
 def _channels(cfg: NetworkConfig, fields: int) -> int:

@@ -31,19 +31,26 @@ class _Role(nn.Module):
         return self.encoder(self.stem(state).contiguous(memory_format=torch.channels_last)).float()
 
     def export(self) -> nn.Module:
-        """The first head's prediction as ordinary torch layers: (depth, gripper) -> [B, P]."""
-        return Exported(self.stem, self.encoder.export(), self.heads[0].export())  # type: ignore[operator]
+        """The role as ordinary torch layers."""
+        return Exported(self.stem, self.encoder.export(), [head.export() for head in self.heads])  # type: ignore[operator]
 
 
 class Exported(nn.Module):
-    """What a role becomes without e2cnn: depth [B, 1, H, W] and gripper [B, 1] -> predictions [B, P]."""
+    """What a role becomes without e2cnn: depth [B, 1, H, W], gripper [B, 1], a critic's actions [B, A] -> [B, P].
 
-    def __init__(self, stem: Stem, encoder: nn.Module, head: nn.Module) -> None:
+    Of several heads, the lowest prediction.
+    """
+
+    def __init__(self, stem: Stem, encoder: nn.Module, heads: list[nn.Module]) -> None:
         super().__init__()
-        self.stem, self.encoder, self.head = stem, encoder, head
+        self.stem, self.encoder, self.heads = stem, encoder, nn.ModuleList(heads)
 
-    def forward(self, depth: Float[Tensor, "B 1 H W"], gripper: Float[Tensor, "B 1"]) -> Float[Tensor, "B P"]:
-        return self.head(self.encoder(self.stem.image(depth, gripper)))
+    def forward(
+        self, depth: Float[Tensor, "B 1 H W"], gripper: Float[Tensor, "B 1"], given: Float[Tensor, "B A"] | None = None
+    ) -> Float[Tensor, "B P"]:
+        features = self.encoder(self.stem.image(depth, gripper))
+        first, *others = (head(features, given) for head in self.heads)
+        return torch.stack([first, *others]).amin(dim=0) if others else first
 
 
 class Actor(_Role):
@@ -64,7 +71,10 @@ class Critic(_Role):
         super().__init__(cfg, spec, steerable, given=given, predict=(Kind.SCALAR,), heads=2)
 
     def forward(self, state: State, action: Float[Tensor, "*S B A"]) -> Float[Tensor, "2 *S B"]:
-        features = self.encode(state)
+        return self.score(self.encode(state), action)
+
+    def score(self, features: Float[Tensor, "B F"], action: Float[Tensor, "*S B A"]) -> Float[Tensor, "2 *S B"]:
+        """Q of encoded states: however many actions, the image has been looked at once."""
         return torch.stack([head(features, action)[..., 0].float() for head in self.heads])
 
 

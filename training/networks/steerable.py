@@ -93,12 +93,40 @@ class Head(nn.Module):
         return (predicted @ self._display_to_world.T).unflatten(0, leading)
 
     def export(self) -> nn.Module:
-        pool = [] if self.pool is None else [_MaxOfFields(self.pool.in_type.representations[0].size)]
-        turn = nn.Linear(len(self._display_to_world), len(self._display_to_world), bias=False)
-        turn.weight.data = self._display_to_world.clone()
-        hidden = [_exported(self.from_features), _exported(self.relu), *pool]
-        points = [nn.Unflatten(1, (self._features.size, 1, 1)), *hidden, _exported(self.last), nn.Flatten(1)]
-        return nn.Sequential(*points, turn)
+        hidden = _exported(self.from_features)
+        given = None if self.from_given is None else _exported(self.from_given)
+        pool = None if self.pool is None else _MaxOfFields(self.pool.in_type.representations[0].size)
+        return _ExportedHead(hidden, given, pool, _exported(self.last), self._given_to_display, self._display_to_world)
+
+
+class _ExportedHead(nn.Module):
+    """A head as plain layers over single points: features [B, F] and given fields [B, A] -> predictions [B, P]."""
+
+    _given_to_display: Tensor
+    _display_to_world: Tensor
+
+    def __init__(
+        self,
+        from_features: nn.Module,
+        from_given: nn.Module | None,
+        pool: nn.Module | None,
+        last: nn.Module,
+        given_to_display: Tensor,
+        display_to_world: Tensor,
+    ) -> None:
+        super().__init__()
+        self.from_features, self.from_given, self.pool, self.last = from_features, from_given, pool, last
+        self.register_buffer("_given_to_display", given_to_display.clone())
+        self.register_buffer("_display_to_world", display_to_world.clone())
+
+    def forward(self, features: Float[Tensor, "B F"], given: Float[Tensor, "B A"] | None = None) -> Tensor:
+        hidden = self.from_features(features[..., None, None])
+        if self.from_given is not None and given is not None:
+            hidden = hidden + self.from_given((given @ self._given_to_display.T)[..., None, None])
+        hidden = torch.relu(hidden)
+        if self.pool is not None:
+            hidden = self.pool(hidden)
+        return self.last(hidden).flatten(1) @ self._display_to_world.T
 
 
 class _MaxOfFields(nn.Module):

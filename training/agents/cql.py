@@ -1,0 +1,160 @@
+"""Conservative Q-learning (Kumar et al., 2020, arXiv 2006.04779) over soft actor-critic (Haarnoja et al., 2018)."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from protos.spaces import PolicySpec
+from training.agents.agent import Agent, frozen_copy_of, polyak
+from training.agents.losses import advantage_weight, conservative_gap
+from training.batch import Batch, State
+from training.networks.distribution import SquashedGaussian, Uniform
+from training.networks.family import NetworkConfig
+from training.networks.roles import Critic, make_actor, make_critic
+
+
+@dataclass(frozen=True)
+class CQLConfig:
+    """Knobs of conservative Q-learning; the defaults are the paper's for this method."""
+
+    conservative_weight: float = 1.0
+    """Of the conservative gap beside the temporal-difference error; with --cql.gap, only where it starts."""
+    gap: float | None = None
+    """The Lagrangian variant: adapt the weight so that the conservative gap stays near this. Left out: fixed weight."""
+    softness: float = 1.0
+    """Temperature of the soft maximum over actions."""
+    proposals: int = 10
+    """Actions drawn from each of: uniform, the policy here, the policy at the next state."""
+    entropy: Literal["learned", "fixed"] = "learned"
+    """Whether the entropy temperature alpha follows --cql.target-entropy or stays as it starts."""
+    entropy_temperature: float = 0.01
+    """Where alpha starts: what a unit of entropy is worth, in reward."""
+    target_entropy: float | None = None
+    """Of the policy, in nats. Left out: minus the number of action components."""
+    cloning_weight: float = 0.0
+    """Of the advantage-weighted log-likelihood of recorded actions in the actor's loss. 0 is CQL as published: the
+    actor learns from Q alone, which takes many more updates."""
+    cloning_temperature: float = 0.5
+    """Advantages of recorded actions over the policy's own are divided by this before exp, as in IQL."""
+    largest_weight: float = 100.0
+    """Those weights are clipped here."""
+    target_rate: float = 5e-3
+    """How far the target critic moves towards the critic at each update."""
+
+    def __post_init__(self) -> None:
+        positive = ("softness", "proposals", "entropy_temperature", "cloning_temperature", "largest_weight")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"cql.{name} must be positive, got {getattr(self, name)}")
+        if self.conservative_weight < 0 or self.cloning_weight < 0:
+            raise ValueError(f"cql.conservative_weight and cql.cloning_weight must not be negative, got {self}")
+        if not 0 < self.target_rate <= 1:
+            raise ValueError(f"cql.target_rate must lie in (0, 1], got {self.target_rate}; the paper uses 0.005")
+
+
+class CQL(Agent):
+    """Twin soft Q held down on actions that nobody took; the actor climbs them. A state is encoded once per network."""
+
+    def __init__(
+        self, networks: NetworkConfig, spec: PolicySpec, equivariant: frozenset[str], config: CQLConfig
+    ) -> None:
+        super().__init__()
+        self.cfg = config
+        self.actor = make_actor(networks, spec, equivariant)
+        self.critic = make_critic(networks, spec, equivariant)
+        self.target_critic = cast(Critic, frozen_copy_of(make_critic(networks, spec, equivariant), self.critic))
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(config.entropy_temperature)))
+        self.log_weight = nn.Parameter(torch.tensor(math.log(max(config.conservative_weight, 1e-6))))
+        self.log_alpha.requires_grad_(config.entropy == "learned")
+        self.log_weight.requires_grad_(config.gap is not None)
+        self._uniform = Uniform(spec.action)
+        self._target_entropy = -float(spec.action.size) if config.target_entropy is None else config.target_entropy
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        features = self.critic.encode(batch.state)  # [B, F], once, for every action below
+        pi = self.actor(batch.state)
+        with torch.no_grad():
+            alpha = self.log_alpha.exp()
+            next_pi = self.actor(batch.next_state)
+            next_features = self.target_critic.encode(batch.next_state)
+            next_value, _ = self._soft_value(self.target_critic, next_features, next_pi, alpha)
+            backup = batch.reward + batch.discount * next_value  # [B]
+            action, log_density = self._propose(pi, next_pi, batch.action)
+        recorded = self.critic.score(features, batch.action)  # [2, B]
+        proposed = self.critic.score(features, action)  # [2, N, B]
+        gap = conservative_gap(proposed, log_density, recorded, self.cfg.softness)  # [2], eq. 4
+        with _frozen(self.critic):
+            value, entropy = self._soft_value(self.critic, features.detach(), pi, alpha)  # [B]
+        with torch.no_grad():
+            advantage = recorded.amin(dim=0) - value
+            weight = advantage_weight(advantage, self.cfg.cloning_temperature, self.cfg.largest_weight)
+        cloning = -(weight * pi.log_prob(batch.action)).mean()
+        conservative, multiplier = self._weighed(gap)
+        return multiplier | {
+            "losses/critic": (recorded - backup).square().mean(dim=1).sum(),
+            "losses/conservative": conservative,
+            "losses/actor": self.cfg.cloning_weight * cloning - value.mean(),
+            "losses/alpha": self.log_alpha.exp() * (entropy.detach() - self._target_entropy).mean(),
+            "values/q": recorded.mean(),
+            "values/q_elsewhere": proposed.mean(),
+            "values/gap": gap.mean(),
+            "values/entropy": entropy.mean(),
+            "values/alpha": alpha,
+            "values/weight": weight.mean(),
+        }
+
+    def _soft_value(
+        self, critic: Critic, features: Float[Tensor, "B F"], pi: SquashedGaussian, alpha: Tensor
+    ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """E_pi[min Q(s, a) - alpha log pi(a | s)] and pi's entropy: one draw of the motions, every command."""
+        action, log_prob, share = pi.with_every_command(*pi.sample(1))
+        value = critic.score(features, action).amin(dim=0) - alpha * log_prob
+        return (share * value).sum(dim=0), -(share * log_prob).sum(dim=0)
+
+    def _propose(
+        self, pi: SquashedGaussian, next_pi: SquashedGaussian, like: Float[Tensor, "B A"]
+    ) -> tuple[Float[Tensor, "N B A"], Float[Tensor, "N B"]]:
+        """Actions to hold down, with their log-densities: uniform, the policy's here and its next ones."""
+        n = self.cfg.proposals
+        parts = (self._uniform.sample(n, like), pi.sample(n), next_pi.sample(n))
+        return torch.cat([action for action, _ in parts]), torch.cat([density for _, density in parts])
+
+    def _weighed(self, gap: Float[Tensor, "2"]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The conservative loss and, in the Lagrangian variant, the loss that adapts its weight (CQL, appendix F)."""
+        if self.cfg.gap is None:
+            return self.cfg.conservative_weight * gap.sum(), {}
+        weight = self.log_weight.exp().clamp(max=1e6)
+        excess = gap - self.cfg.gap
+        return (weight.detach() * excess).sum(), {
+            "losses/multiplier": -(weight * excess.detach()).sum(),
+            "values/multiplier": weight,
+        }
+
+    def follow(self) -> None:
+        polyak(self.target_critic, self.critic, self.cfg.target_rate)
+
+    @property
+    def q_function(self) -> Critic:
+        return self.critic
+
+    def state_value(self, state: State) -> Float[Tensor, " B"]:
+        return self.critic(state, self.actor(state).mode()).amin(dim=0)
+
+    def export_value(self) -> nn.Module:
+        return self.critic.export()
+
+
+@contextlib.contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """What is computed inside passes gradients through `network` to its inputs, not into its parameters."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)

@@ -1,0 +1,68 @@
+"""Several processes that train one agent, as torchrun starts them; one process where it did not."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+
+from protos.errors import Rejected
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this one logs, saves and exports for all."""
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> int:
+        """This process's part of a batch. Raises Rejected when the batch does not divide."""
+        if batch_size % self.count:
+            raise Rejected(
+                "--batch-size", f"a multiple of the {self.count} processes", str(batch_size), "it is the whole batch"
+            )
+        return batch_size // self.count
+
+    def from_leader(self, value: float, device: torch.device) -> float:
+        """The leader's `value`, in every process; in one process, `value`."""
+        if self.count == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64, device=device)
+        distributed.broadcast(shared, src=0)
+        return float(shared)
+
+
+def join(device: str) -> tuple[Processes, torch.device]:
+    """Meet the other processes that torchrun started, if any, and take a device.
+
+    Args:
+        device: auto, cpu or cuda.
+    """
+    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    taken = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if count > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if taken.type == "cuda" else "gloo")
+    return Processes(rank, count), taken
+
+
+def leave() -> None:
+    """Take leave of the others; nothing where there are none."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise Rejected(
+            "device", "a CUDA device that torch can use", "none", "leave out --device, or install a CUDA torch"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

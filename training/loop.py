@@ -1,0 +1,154 @@
+"""The training loop: an agent, its data, its budget and its checkpoints."""
+
+import io
+import json
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from protos.errors import Rejected
+from protos.files import write_atomically
+from training.agents.agent import Agent, Diverged, Learner
+from training.agents.bc import BC
+from training.agents.cql import CQL
+from training.agents.iql import IQL
+from training.batch import Batch
+from training.config import RunConfig
+from training.data.augment import randomly
+from training.data.dataset import load
+from training.distributed import join
+from training.networks.family import EQUIVARIANCE
+
+AGENTS: dict[str, Any] = {"bc": BC, "iql": IQL, "cql": CQL}
+WARM_UP_UPDATES = 20
+CHECKPOINT, DIAGNOSIS = "checkpoint.pt", "diverged.json"
+EXPLODED = 10.0
+"""Values this many times beyond the largest return that the data's rewards allow are no estimates any more."""
+
+
+def make_agent(config: RunConfig, spec: Any) -> Agent:
+    """The untrained agent of a run."""
+    c = config
+    agent: Agent = AGENTS[c.algo](c.network, spec, EQUIVARIANCE[c.equivariance], getattr(c, c.algo))
+    return agent
+
+
+class Run:
+    """A learner, its data and how far it has come: all that a checkpoint holds.
+
+    Whatever is random in an update follows from (seed, update, process), so a resumed run needs no random state.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.processes, self.device = join(config.device)
+        self._batch_size = self.processes.share(config.batch_size)
+        torch.manual_seed(config.seed)
+        self._generator = torch.Generator()
+        self.dataset = load(
+            config.dataset,
+            successful_only=config.successful_only,
+            discount=config.discount,
+            n_step=config.n_step,
+            device=self.device,
+        )
+        largest_return = float(self.dataset.reward.abs().max()) / (1 - config.discount)
+        self.learner = Learner(
+            make_agent(config, self.dataset.spec).to(self.device),
+            config.learning_rate,
+            bf16=_bf16(config.precision, self.device),
+            value_bound=EXPLODED * max(1.0, largest_return),
+            processes=self.processes.count,
+        )
+        self.updates, self.seconds = 0, 0.0
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is used, 0 to 1."""
+        by_time = self.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
+        by_count = self.updates / self.config.updates if self.config.updates else 0.0
+        return min(1.0, max(by_time, by_count))
+
+    def step(self) -> dict[str, float]:
+        """Sample, augment, update. Raises Diverged, with a diagnosis written beside the checkpoint."""
+        start = time.perf_counter()
+        self._seed()
+        index = self.dataset.draw(self._batch_size, self._generator)
+        batch = self._augmented(self.dataset.batch(index))
+        rate = 0.5 * (1 + math.cos(math.pi * self.progress)) if self.config.schedule == "cosine" else 1.0
+        try:
+            scalars = self.learner.update(batch, rate * min(1.0, (self.updates + 1) / WARM_UP_UPDATES))
+        except Diverged as error:
+            self._explain(error, index, batch)
+            raise
+        took = time.perf_counter() - start
+        self.updates += 1
+        self.seconds = self.processes.from_leader(self.seconds + took, self.device)
+        return scalars | {"time/update_ms": 1e3 * took}
+
+    def _seed(self) -> None:
+        entropy = (self.config.seed, self.updates, self.processes.rank)
+        ours, torchs = np.random.SeedSequence(entropy).generate_state(2, np.uint64)
+        self._generator.manual_seed(int(ours))
+        torch.manual_seed(int(torchs))
+
+    def _augmented(self, batch: Batch) -> Batch:
+        if self.config.augmentation == "none":
+            return batch
+        reflections = self.config.augmentation == "o2"
+        return randomly(batch, self.dataset.spec, self._generator, reflections=reflections)
+
+    def _explain(self, error: Diverged, index: torch.Tensor, batch: Batch) -> None:
+        """Add to `error`, and write to a file, what a person needs to find the cause."""
+        where = self.dataset.where(index)
+        tensors = {"depth": batch.state.depth, "action": batch.action, "reward": batch.reward}
+        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        diagnosis = {
+            "update": self.updates,
+            "what": str(error),
+            "scalars": {name: repr(value) for name, value in error.scalars.items()},
+            "not finite in the batch": broken,
+            "batch": [{"episode": episode, "step": step} for episode, step in where],
+        }
+        path = self.config.output / DIAGNOSIS
+        write_atomically(path, (json.dumps(diagnosis, indent=2) + "\n").encode())
+        cause = f"the batch's {' and '.join(broken)} are not finite" if broken else "the data of the batch are finite"
+        error.args = (
+            f"{error} at update {self.updates}; {cause}. {path} names the batch and all losses. The last good "
+            f"checkpoint is kept: start a new run with a lower --learning-rate, or check the data with "
+            f"python -m training.data validate {self.config.dataset}",
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        self.write(CHECKPOINT, {"learner": self.learner.state_dict(), "dataset_sha256": self.dataset.sha256})
+
+    def write(self, name: str, state: dict[str, Any]) -> None:
+        """`state` and how far the run has come, to a file of the run's directory."""
+        buffer = io.BytesIO()
+        torch.save(state | {"updates": self.updates, "seconds": self.seconds}, buffer)
+        write_atomically(self.config.output / name, buffer.getvalue())
+
+    def restore(self) -> None:
+        """Continue where the last checkpoint was taken. Raises Rejected when the data are not those it was taken on."""
+        path = self.config.output / CHECKPOINT
+        if not path.exists():
+            return  # stopped before its first checkpoint: begin again
+        state = torch.load(path, weights_only=True, map_location=self.device)
+        if state["dataset_sha256"] != self.dataset.sha256:
+            raise Rejected(
+                "dataset", f"sha256 {state['dataset_sha256']}", self.dataset.sha256, "resume with the same data"
+            )
+        self.learner.load_state_dict(state["learner"])
+        self.updates, self.seconds = state["updates"], state["seconds"]
+
+
+def _bf16(precision: str, device: torch.device) -> bool:
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))

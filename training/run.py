@@ -25,6 +25,7 @@ from training.diagnostics import Probe
 from training.evaluate import BEST, EvaluationError, Evaluations, Result, best
 from training.export import ExportError, Provenance, export
 from training.loop import CHECKPOINT, Run
+from training.memory import keep_freed_memory
 
 LOG_EVERY, PROBE_EVERY = 20, 200
 POLICY = "policy.onnx"
@@ -40,6 +41,7 @@ def train(config: RunConfig) -> Path:
     """
     if not config.resume and config.output.exists() and any(config.output.iterdir()):
         raise Rejected("--output", "a new or empty directory", str(config.output), "choose another, or add --resume")
+    keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     run = Run(config)

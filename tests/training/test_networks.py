@@ -147,6 +147,23 @@ def test_a_second_network_starts_with_the_weights_that_e2cnn_itself_would_draw()
     torch.testing.assert_close(ours.weights, theirs.weights, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("group", ["C4", "C8", "D4"])
+def test_the_faster_expansion_gives_e2cnn_s_own_filters(group: str) -> None:
+    from e2cnn import nn as enn
+
+    convs = [
+        module
+        for make in (make_actor, make_critic)
+        for module in make(dataclasses.replace(NETWORK, group=group), SMALL, EQUIVARIANCE["both"]).modules()
+        if isinstance(module, enn.R2Conv)
+    ]
+    assert len(convs) >= 12
+    for conv in convs:
+        (ours, bias), (theirs, their_bias) = conv.expand_parameters(), enn.R2Conv.expand_parameters(conv)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        assert (bias is None and their_bias is None) or torch.equal(bias, their_bias)
+
+
 @pytest.mark.parametrize(
     ("equivariance", "steerable"),
     [

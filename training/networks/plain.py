@@ -19,9 +19,10 @@ class Encoder(nn.Module):
         layers: list[nn.Module] = []
         current = 2
         for stage in stages(cfg, spec):
-            layers += [nn.Conv2d(current, _channels(cfg, stage.fields), 3, padding=stage.padding), nn.ReLU()]
+            layers.append(nn.Conv2d(current, _channels(cfg, stage.fields), 3, padding=stage.padding))
             if stage.pool:
                 layers.append(nn.MaxPool2d(2))
+            layers.append(nn.ReLU(inplace=True))
             current = _channels(cfg, stage.fields)
         self.body = nn.Sequential(*layers, nn.Flatten(1))
         self.features = current

@@ -22,7 +22,7 @@ from training import distributed
 from training.agents.agent import Diverged
 from training.config import SETTINGS, RunConfig, parse
 from training.diagnostics import Probe
-from training.evaluate import BEST, EvaluationError, Evaluations, Result, best
+from training.evaluations import BEST, EvaluationError, Evaluations, Result, best
 from training.export import ExportError, Provenance, export
 from training.loop import CHECKPOINT, Run
 from training.memory import keep_freed_memory

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.update_time --presets paper cpu --algos bc iql cql --precisions fp32 bf16
 
-The convolutions of one update are recorded and then made again alone, on random numbers, in turns with the update: their
-floating-point operations, counted from the shapes, over the rate that the machine reaches on the best of them is the
-floor; the time that all of them take alone is what this machine's convolutions leave possible.
+The convolutions of one update are recorded and then made again alone, on random numbers, in turns with the update.
+Their floating-point operations, counted from the shapes, over the rate that the machine reaches on the best of them is
+the floor; the time that all of them take alone is what this machine's convolutions leave possible.
 """
 
 import time

@@ -97,6 +97,18 @@ def test_it_is_one_file_of_ordinary_layers(policy: Path) -> None:
 
 
 @pytest.mark.parametrize("equivariance", ["both", "none"])
+def test_a_motion_of_exactly_nothing_is_exported_as_nothing(equivariance: str) -> None:
+    agent = BC(NETWORK, SMALL, EQUIVARIANCE[equivariance], BCConfig())
+    with torch.no_grad():
+        for parameter in agent.actor.heads.parameters():
+            parameter.zero_()
+    session = onnxruntime.InferenceSession(to_onnx(Graph(agent, SMALL).eval(), SMALL).SerializeToString())
+    state = random_state(SMALL, batch=2)
+    feed = dict(zip(INPUTS, (state.depth.numpy(), state.gripper.numpy()), strict=True))
+    np.testing.assert_array_equal(session.run(["normalized_action"], feed)[0], np.zeros((2, SMALL.action.size)))
+
+
+@pytest.mark.parametrize("equivariance", ["both", "none"])
 @pytest.mark.parametrize(("kind", "config"), [(IQL, IQLConfig()), (CQL, CQLConfig(proposals=2))])
 def test_a_critic_s_value_comes_along(
     kind: Any, config: Any, equivariance: str, reach: Dataset, tmp_path: Path

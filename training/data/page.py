@@ -1,14 +1,11 @@
 """A dataset as something to look at: text for a terminal, one self-contained HTML page for a browser."""
 
-import base64
 import html
-import io
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 
@@ -17,6 +14,7 @@ from protos.spaces import Kind, PolicySpec
 from sim_client.episodes import Episode
 from sim_client.store import About
 from training.data.survey import SECTORS, Survey
+from training.webpage import image, page, table
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 FRAMES = 8
@@ -91,30 +89,19 @@ def write_page(file: Path, path: Path, about: About, survey: Survey, disk_bytes:
     """The HTML page of the dataset at `path`, with the filmstrips of the episodes `shown`; whole or not at all."""
     rows = [*facts(survey, disk_bytes), *((f"behavior {name}", told) for name, told in _behaviors(survey))]
     rows.insert(0, ("task", about.task))
-    table = "".join(f"<tr><th>{html.escape(n)}</th><td>{html.escape(v)}</td></tr>" for n, v in rows)
     warnings = "".join(f"<p class=w>{html.escape(w)}</p>" for w in survey.warnings())
     strips = "".join(
         f"<h3>episode {i}: {len(e)} steps, {'success' if e.success else 'failure'}, {html.escape(e.behavior)}</h3>"
-        f"{_image(filmstrip(e, about.spec))}"
+        f"{image(filmstrip(e, about.spec))}"
         for i, e in enumerate(shown)
     )
     body = (
-        f"<h1>{html.escape(about.dataset_id)}</h1><p>{html.escape(str(path))}</p>{warnings}<table>{table}</table>"
-        f"<h2>Lengths, returns, actions, coverage</h2>{_image(charts(survey))}"
+        f"<h1>{html.escape(about.dataset_id)}</h1><p>{html.escape(str(path))}</p>{warnings}{table(rows)}"
+        f"<h2>Lengths, returns, actions, coverage</h2>{image(charts(survey))}"
         f"<h2>Episodes</h2><p>Depth below the camera plane, dark is near. The arrow is (dx, dy), at its true length in "
         f"the image; the world's axes are drawn in the first frame.</p>{strips}"
     )
-    style = "body{font:15px sans-serif;margin:2em auto;max-width:75em}th{text-align:left;padding-right:2em}"
-    style += ".w{background:#fe9;padding:.5em}img{max-width:100%}"
-    title = html.escape(about.dataset_id)
-    page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style>{body}\n"
-    write_atomically(file, page.encode())
-
-
-def _image(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return f"<img src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+    write_atomically(file, page(about.dataset_id, body))
 
 
 def charts(survey: Survey) -> Figure:

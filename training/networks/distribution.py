@@ -180,5 +180,6 @@ def _unsquash(a: Float[Tensor, "*B n"]) -> Float[Tensor, "*B n"]:
 
 
 def _norm(u: Tensor) -> Tensor:
-    # The square root of a sum that is never 0: the gradient of a plain norm at 0 is NaN.
-    return (u.square().sum(dim=-1, keepdim=True) + _TINY**2).sqrt()
+    # The square root of what is never 0: at 0 a norm has no gradient. Not by adding a little, which ONNX's optimiser
+    # takes for adding nothing: the exported policy would then divide 0 by 0.
+    return u.square().sum(dim=-1, keepdim=True).clamp(min=_TINY**2).sqrt()

@@ -1,0 +1,107 @@
+"""Evaluation while training: real episodes in processes of their own; the best weights become the policy."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from protos.manifest import Manifest
+from tests.training.test_run import command
+from training.config import parse
+from training.evaluate import Evaluate, evaluate
+from training.evaluations import Evaluations, Result, best
+from training.loop import Run
+
+TINY = ("--network.fields", "2", "2", "2", "2", "2", "--network.hidden", "2", "--network.pool", "2")
+
+
+@pytest.fixture(scope="module")
+def drawer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "drawer"
+    subprocess.run(
+        [sys.executable, "-m", "sim_client.collect", "--episodes", "3", "--output", str(path)],
+        check=True,
+        capture_output=True,
+    )
+    return path
+
+
+def arguments(data: Path, output: Path, *more: str) -> list[str]:
+    return ["--dataset", str(data), "--output", str(output), "--batch-size", "8", *TINY, *more]
+
+
+def test_success_is_measured_logged_and_kept_with_the_best_weights(drawer: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = command(*arguments(drawer, run, "--updates", "40", "--eval-every", "20", "--eval-episodes", "2"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("of 2 episodes succeeded") == 2
+    results = [json.loads(p.read_text()) for p in sorted((run / "evaluations").iterdir())]
+    assert [(r["update"], r["episodes"]) for r in results] == [(20, 2), (40, 2)]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = EventAccumulator(str(run / "tensorboard"))
+    curves.Reload()
+    assert [e.step for e in curves.Scalars("success/rate")] == [20, 40]
+    import onnx
+
+    manifest = Manifest.from_metadata({p.key: p.value for p in onnx.load(run / "policy.onnx").metadata_props})
+    chosen = best(Result(**r) for r in results)
+    assert manifest.updates == manifest.evaluation["update"] == chosen.update
+    assert manifest.evaluation["episodes"] == 2
+    assert torch.load(run / "best.pt", weights_only=True)["updates"] == chosen.update
+
+
+def test_a_snapshot_is_evaluated_by_hand_to_the_same_result(drawer: Path, tmp_path: Path) -> None:
+    from training.run import _record
+
+    config = parse(arguments(drawer, tmp_path / "run", "--updates", "9", "--eval-every", "3"))
+    _record(config)
+    run = Run(config)
+    run.step()
+    evaluations = Evaluations(run)
+    evaluations.take()
+    evaluations.stop()
+    (snapshot,) = (tmp_path / "run" / "evaluations").glob("*.pt")
+    first, second = (evaluate(Evaluate(snapshot, episodes=2)) for _ in range(2))
+    assert first == second == Result(1, first.successes, 2)
+    assert evaluations.poll() == [first]
+    assert (tmp_path / "run" / "best.pt").exists()
+    assert not snapshot.exists()
+
+
+def test_an_evaluation_that_fails_says_why(drawer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "evaluations"
+    folder.mkdir()
+    (folder / "update-0000001.pt").write_bytes(b"no checkpoint")
+    done = subprocess.run(
+        [sys.executable, "-m", "training.evaluate", str(folder / "update-0000001.pt")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "update-0000001.pt" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_patience_counts_evaluations_since_the_best(drawer: Path, tmp_path: Path) -> None:
+    flags = ("--updates", "900", "--eval-every", "10", "--patience", "2")
+    run = Run(parse(arguments(drawer, tmp_path / "run", *flags)))
+    evaluations = Evaluations(run)
+    folder = tmp_path / "run" / "evaluations"
+    folder.mkdir(parents=True)
+    for update, successes, exhausted in ((10, 3, False), (20, 5, False), (30, 4, False), (40, 1, True)):
+        result = {"update": update, "successes": successes, "episodes": 10}
+        (folder / f"update-{update:07d}.json").write_text(json.dumps(result))
+        assert evaluations.exhausted is exhausted
+
+
+def test_of_equally_good_snapshots_the_longest_trained_is_best() -> None:
+    assert best([Result(10, 4, 5), Result(20, 4, 5), Result(30, 3, 5)]) == Result(20, 4, 5)
+
+
+def test_patience_without_evaluation_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--dataset", "d", "--output", "o", "--patience", "3"])
+    assert "give --eval-every" in capsys.readouterr().err

@@ -1,0 +1,130 @@
+"""The loop's promises: divergence is explained, processes share a batch, probes see what they claim to see."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from protos.errors import Rejected
+from tests.training.conftest import write_dataset
+from tests.training.test_run import arguments, command, weights
+from training.agents.agent import Diverged
+from training.config import parse
+from training.data.dataset import load
+from training.diagnostics import Probe
+from training.distributed import Processes
+from training.loop import Run
+from training.run import train
+
+
+def test_a_diverging_run_names_losses_batch_and_cause_and_keeps_its_checkpoint(
+    reach_path: Path, tmp_path: Path
+) -> None:
+    run = Run(parse(arguments(reach_path, tmp_path, "--updates", "9", "--algo", "iql")))
+    run.step()
+    run.save()
+    good = weights(tmp_path)
+    run.dataset.reward[:] = float("nan")
+    with pytest.raises(Diverged, match=r"losses/critic.* not finite at update 1; the batch's reward are not finite"):
+        run.step()
+    told = json.loads((tmp_path / "diverged.json").read_text())
+    assert told["not finite in the batch"] == ["reward"]
+    assert told["scalars"]["losses/critic"] == "nan"
+    assert len(told["batch"]) == 8
+    assert all(0 <= row["episode"] < run.dataset.episodes and 0 <= row["step"] < 4 for row in told["batch"])
+    assert all(torch.equal(good[name], value) for name, value in weights(tmp_path).items())
+
+
+def test_the_command_stops_with_the_diagnosis_and_no_traceback(reach_path: Path, tmp_path: Path) -> None:
+    wild = ("--learning-rate", "1e30", "--updates", "50", "--algo", "iql", "--schedule", "constant")
+    done = command(*arguments(reach_path, tmp_path / "run", *wild))
+    assert done.returncode == 1
+    assert "training stopped" in done.stderr
+    assert "lower --learning-rate" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "policy.onnx").exists()
+
+
+def test_a_batch_is_shared_out_among_processes_or_refused() -> None:
+    assert Processes(0, 4).share(32) == 8
+    with pytest.raises(Rejected, match=r"--batch-size: expected a multiple of the 3 processes"):
+        Processes(0, 3).share(32)
+
+
+def test_two_processes_train_one_agent(reach_path: Path, tmp_path: Path) -> None:
+    args = arguments(reach_path, tmp_path / "run", "--updates", "6", "--algo", "cql", "--threads", "1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "training.run"]
+    done = subprocess.run([*torchrun, *args], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 processes" in done.stdout
+    assert done.stdout.count("policy.onnx") == 1
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["updates"] == 6
+
+
+def test_killed_while_it_trained_a_run_goes_on_to_where_it_would_have_been(reach_path: Path, tmp_path: Path) -> None:
+    options = ("--updates", "30", "--algo", "cql", "--threads", "1")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(parse(arguments(reach_path, whole, *options)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training.run", *arguments(reach_path, killed, *options), "--checkpoint-s", "0.01"],
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = command("--resume", "--output", str(killed), "--checkpoint-s", "30")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = weights(killed), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("algo", ["bc", "iql", "cql"])
+def test_the_probe_reports_what_the_algorithm_has(algo: str, reach_path: Path, tmp_path: Path) -> None:
+    run = Run(parse(arguments(reach_path, tmp_path, "--updates", "9", "--algo", algo)))
+    seen = Probe(run.dataset, seed=0).look(run.learner.agent)
+    assert {"policy/entropy", "policy/log_prob", "policy/equivariance_error"} <= set(seen)
+    assert seen["policy/equivariance_error"] < 1e-4
+    assert ("values/q_on_turned_data" in seen) == (algo != "bc")
+
+
+def test_looking_at_the_probe_does_not_change_what_is_learned(reach_path: Path, tmp_path: Path) -> None:
+    runs = [
+        Run(parse(arguments(reach_path, tmp_path / name, "--updates", "9", "--algo", "cql"))) for name in ("a", "b")
+    ]
+    probe = Probe(runs[0].dataset, seed=0)
+    for _ in range(3):
+        runs[0].step()
+        probe.look(runs[0].learner.agent)
+        runs[1].step()
+    a, b = (dict(run.learner.agent.named_parameters()) for run in runs)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_plain_network_s_equivariance_error_shows(reach_path: Path, tmp_path: Path) -> None:
+    run = Run(parse(arguments(reach_path, tmp_path, "--updates", "9", "--equivariance", "none")))
+    assert Probe(run.dataset, seed=0).look(run.learner.agent)["policy/equivariance_error"] > 1e-3
+
+
+def test_the_discount_and_n_steps_reach_the_data(reach_path: Path, tmp_path: Path) -> None:
+    flags = ("--discount", "0.5", "--n-step", "2", "--algo", "iql", "--updates", "1")
+    run = Run(parse(arguments(reach_path, tmp_path, *flags)))
+    expected = load(reach_path, successful_only=False, discount=0.5, n_step=2)
+    np.testing.assert_array_equal(run.dataset.reward, expected.reward)
+    np.testing.assert_array_equal(run.dataset.discount, expected.discount)
+
+
+def test_data_without_a_simulator_cannot_be_evaluated_on(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "data")
+    done = command(*arguments(path, tmp_path / "run", "--updates", "4", "--eval-every", "2"))
+    assert done.returncode == 1
+    assert "--eval-every: expected data of a simulator" in done.stderr
+    assert not (tmp_path / "run").exists()

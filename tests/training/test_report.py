@@ -1,0 +1,59 @@
+"""The page that compares runs: numbers that are those of the runs, pictures that are there."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.training.test_run import arguments
+from training.config import parse
+from training.report import COLUMNS, Report, Run, main, write_report
+from training.run import train
+
+
+@pytest.fixture(scope="module")
+def runs(reach_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    home = tmp_path_factory.mktemp("runs")
+    for algo in ("bc", "iql"):
+        train(parse(arguments(reach_path, home / algo, "--updates", "40", "--algo", algo)))
+    return [home / "bc", home / "iql"]
+
+
+def cell(run: Run, column: str) -> str:
+    return run.row()[COLUMNS.index(column)]
+
+
+def test_the_table_says_what_the_runs_were(runs: list[Path], tmp_path: Path) -> None:
+    write_report(Report((runs[0], runs[1]), tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    for words in ("<th>bc</th>", "<th>iql</th>", "both, C8", "expert-v0", "losses", "values", "policy"):
+        assert words in page
+    assert page.count("data:image/png;base64,") == 4  # losses, policy, time, values
+
+
+def test_a_row_takes_success_from_the_curves_and_from_the_server_s_report(runs: list[Path]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(runs[0] / "tensorboard")) as log:
+        for update, rate in ((40, 0.5), (20, 0.75)):  # evaluations come in when they can
+            for name, value in (("rate", rate), ("wilson_low", rate - 0.1), ("wilson_high", rate + 0.1)):
+                log.add_scalar(f"success/{name}", value, update)
+    sha256 = hashlib.sha256((runs[0] / "policy.onnx").read_bytes()).hexdigest()
+    served = {"policy_sha256": sha256, "successes": 9, "episodes": 10, "success_rate": 0.9}
+    (runs[0] / "report.json").write_text(json.dumps(served))
+    run = Run.read(runs[0])
+    assert cell(run, "success in training") == "best 75% (65% to 85%) at update 20, last 50%"
+    assert cell(run, "success through the server") == "90% (60% to 98%)"
+    assert cell(run, "updates") == "40"
+    (runs[0] / "report.json").write_text(json.dumps(served | {"policy_sha256": "another"}))
+    assert cell(Run.read(runs[0]), "success through the server") == ""
+
+
+def test_a_directory_without_a_run_is_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--output", str(tmp_path / "page.html")])
+    assert main() == 1
+    assert "expected a run of training.run" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()

@@ -1,0 +1,132 @@
+"""Snapshots of a run on their way to a closed-loop success rate.
+
+A run leaves OUTPUT/evaluations/update-0001000.pt; a process of `training.evaluate` plays the task with it and writes
+its result beside it. Files are all that passes between them: whichever is killed, nothing is lost.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scipy.stats import binomtest
+
+from protos.errors import Rejected
+from protos.files import write_atomically
+from training.loop import Run
+
+FOLDER, BEST = "evaluations", "best.pt"
+BELOW_TRAINING = 10
+"""Niceness: training keeps the pace that it has alone, as far as there are cores."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Success in closed loop after `update` updates."""
+
+    update: int
+    successes: int
+    episodes: int
+
+    @property
+    def success_rate(self) -> float:
+        return self.successes / self.episodes
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval."""
+        found = binomtest(self.successes, self.episodes).proportion_ci(0.95, method="wilson")
+        return float(found.low), float(found.high)
+
+
+class EvaluationError(RuntimeError):
+    """An evaluation ended without a result."""
+
+
+class Evaluations:
+    """The snapshots of a run on their way to a success rate: one process at a time, the others wait."""
+
+    def __init__(self, run: Run) -> None:
+        """Raises Rejected when nothing says in which world to evaluate."""
+        if run.dataset.env_spec is None:
+            raise Rejected("--eval-every", "data of a simulator", "data without one", "leave out --eval-every")
+        self._run, self._folder = run, run.config.output / FOLDER
+        self._process: subprocess.Popen[str] | None = None
+        self._told: set[int] = set()
+
+    def take(self) -> None:
+        """Leave a snapshot of the agent as it is now, unless an earlier run of this update was evaluated."""
+        name = f"{FOLDER}/update-{self._run.updates:07d}.pt"
+        data = self._run.dataset
+        state = {"agent": self._run.learner.agent.state_dict(), "spec": data.spec.to_json(), "env_spec": data.env_spec}
+        if not (self._run.config.output / name).with_suffix(".json").exists():
+            self._run.write(name, state)
+        self.poll()
+
+    def poll(self) -> list[Result]:
+        """Start the next evaluation if none is under way; what has come in since the last call.
+
+        Raises EvaluationError when an evaluation failed.
+        """
+        if self._process is not None and self._process.poll() is not None:
+            failed = self._process.returncode
+            said = (self._process.stderr.read() if self._process.stderr else "").strip()
+            self._process = None
+            if failed:
+                raise EvaluationError(f"an evaluation failed with exit code {failed}: {said[-500:]}")
+        waiting = [p for p in sorted(self._folder.glob("*.pt")) if not p.with_suffix(".json").exists()]
+        if self._process is None and waiting:
+            command = ["training.evaluate", str(waiting[0]), "--episodes", str(self._run.config.eval_episodes)]
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+                preexec_fn=lambda: os.nice(BELOW_TRAINING) and None,
+            )  # fmt: skip
+        results = self.results()
+        fresh = [r for r in results if r.update not in self._told]
+        self._told |= {r.update for r in fresh}
+        if fresh:
+            self._keep_the_best(results)
+        return fresh
+
+    def wait(self) -> list[Result]:
+        """Finish every evaluation; what has come in since the last call."""
+        fresh = self.poll()
+        while self._process is not None:
+            self._process.wait()
+            fresh += self.poll()
+        return fresh
+
+    def results(self) -> list[Result]:
+        """Of all evaluations so far, in the order of their updates."""
+        return [Result(**json.loads(path.read_text())) for path in sorted(self._folder.glob("*.json"))]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether --patience evaluations in a row brought nothing better."""
+        results, patience = self.results(), self._run.config.patience
+        return (
+            patience is not None and bool(results) and sum(r.update > best(results).update for r in results) >= patience
+        )
+
+    def stop(self) -> None:
+        """End the evaluation under way; its snapshot waits for a resumed run."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._process = None
+
+    def _keep_the_best(self, results: list[Result]) -> None:
+        chosen = self._folder / f"update-{best(results).update:07d}.pt"
+        if chosen.exists():
+            write_atomically(self._run.config.output / BEST, chosen.read_bytes())
+        for result in results:
+            (self._folder / f"update-{result.update:07d}.pt").unlink(missing_ok=True)
+
+
+def best(results: Iterable[Result]) -> Result:
+    """The highest success rate; of equals, the longest trained."""
+    return max(results, key=lambda r: (r.success_rate, r.update))

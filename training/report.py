@@ -1,0 +1,183 @@
+"""Runs of training side by side: one HTML page with their curves and a table. `python -m training.report --help`."""
+
+import contextlib
+import hashlib
+import html
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import onnx
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import binomtest
+from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+from protos.errors import Rejected
+from protos.files import write_atomically
+from protos.manifest import Manifest
+from training.config import RunConfig, recorded
+from training.webpage import image, page, table
+
+TENSORBOARD, POLICY = "tensorboard", "policy.onnx"
+SMOOTHED_OVER = 0.03
+"""Losses of single batches are noise, drawn pale: the curve is their moving average over this share of a run."""
+RATE = "success/rate"
+COLUMNS = (
+    "run", "algorithm", "equivariance", "dataset", "seed", "updates", "minutes", "ms per update", "success in training",
+    "success through the server", "equivariance error at 90 / 45 degrees",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """Compare runs of training: curves, and a table with settings, time, success and equivariance.
+
+    Success through the server is read from any *.json in a run's directory that `sim_client.evaluate --report` wrote
+    for its policy.onnx.
+
+    Example: python -m training.report runs/bc runs/iql --output runs/compared.html
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Output directories of training.run; they may still be training."""
+    output: Path = Path("report.html")
+    """Where the page goes."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's directory holds, as far as it has come."""
+
+    name: str
+    config: RunConfig
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]
+    """(updates, values) by tag."""
+    manifest: Manifest | None
+    served: dict[str, Any] | None
+    """The report of an evaluation of its policy, if there is one."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Run":
+        """Raises Rejected when `path` is no run."""
+        config = recorded(path)
+        events = EventAccumulator(str(path / TENSORBOARD), size_guidance={SCALARS: 0})
+        curves = {}
+        with contextlib.suppress(DirectoryDeletedError):  # a run that has not logged yet
+            events.Reload()
+        for tag in events.Tags()["scalars"]:
+            points = sorted({e.step: e.value for e in events.Scalars(tag)}.items())  # evaluations come in when they can
+            steps, values = zip(*points, strict=True)
+            curves[tag] = np.array(steps), np.array(values)
+        policy = path / POLICY
+        manifest, served = None, None
+        if policy.exists():
+            properties = onnx.load(policy, load_external_data=False).metadata_props
+            manifest = Manifest.from_metadata({p.key: p.value for p in properties})
+            served = _served(path, hashlib.sha256(policy.read_bytes()).hexdigest())
+        return cls(path.name, config, curves, manifest, served)
+
+    def last(self, tag: str) -> float:
+        return float(self.curves[tag][1][-1]) if tag in self.curves else math.nan
+
+    def row(self) -> list[str]:
+        """The run's line in the table, in the order of COLUMNS."""
+        c = self.config
+        updates = int(max((steps[-1] for steps, _ in self.curves.values()), default=0))
+        update_ms = float(np.median(self.curves["time/update_ms"][1])) if "time/update_ms" in self.curves else math.nan
+        m = self.manifest
+        errors = "" if m is None else f"{m.equivariance_error_90:.1e} / {m.equivariance_error_45:.1e}"
+        return [
+            self.name, c.algo, f"{c.equivariance}, {c.network.group}", c.dataset.name, str(c.seed), f"{updates:,}",
+            f"{updates * update_ms / 60e3:.1f}", f"{update_ms:.0f}", self._in_training(), self._through_the_server(),
+            errors,
+        ]  # fmt: skip
+
+    def _in_training(self) -> str:
+        if RATE not in self.curves:
+            return ""
+        steps, rates = self.curves[RATE]
+        best = int(np.lexsort((steps, rates))[-1])
+        low, high = (self.curves[f"success/wilson_{end}"][1][best] for end in ("low", "high"))
+        return f"best {rates[best]:.0%} ({low:.0%} to {high:.0%}) at update {steps[best]:,}, last {rates[-1]:.0%}"
+
+    def _through_the_server(self) -> str:
+        if self.served is None:
+            return ""
+        interval = binomtest(self.served["successes"], self.served["episodes"]).proportion_ci(0.95, method="wilson")
+        return f"{self.served['success_rate']:.0%} ({interval.low:.0%} to {interval.high:.0%})"
+
+
+def _served(path: Path, sha256: str) -> dict[str, Any] | None:
+    for file in sorted(path.glob("*.json")):
+        found = json.loads(file.read_text())
+        if isinstance(found, dict) and found.get("policy_sha256") == sha256:
+            return found
+    return None
+
+
+def write_report(config: Report) -> None:
+    """Read the runs and write the page, whole or not at all. Raises Rejected when a directory holds no run."""
+    runs = [Run.read(path) for path in config.runs]
+    tags = sorted({tag for run in runs for tag in run.curves if not tag.startswith("success/wilson")})
+    sections = "".join(
+        f"<h2>{html.escape(group)}</h2>{image(_figure(runs, [tag for tag in tags if _group(tag) == group]))}"
+        for group in sorted({_group(tag) for tag in tags}, key=lambda g: (g != "success", g))
+    )
+    body = f"<h1>Runs of training</h1>{table((run.row() for run in runs), COLUMNS)}{sections}"
+    write_atomically(config.output, page("Runs of training", body))
+
+
+def _group(tag: str) -> str:
+    return tag.partition("/")[0]
+
+
+def _figure(runs: list[Run], tags: list[str]) -> Figure:
+    """One panel per tag, one line per run."""
+    columns = min(3, len(tags))
+    rows = math.ceil(len(tags) / columns)
+    figure = Figure(figsize=(5 * columns, 3.2 * rows), dpi=80, layout="constrained")
+    for place, tag in enumerate(tags):
+        axis = figure.add_subplot(rows, columns, place + 1)
+        for number, run in enumerate(runs):
+            if tag in run.curves:
+                _draw(axis, run, tag, f"C{number}")
+        axis.set(title=tag, xlabel="update")
+        if tag == RATE:
+            axis.set_ylim(0, 1.02)
+    figure.axes[0].legend(fontsize=8)
+    return figure
+
+
+def _draw(axis: Axes, run: Run, tag: str, colour: str) -> None:
+    steps, values = run.curves[tag]
+    if tag == RATE:
+        low, high = (run.curves[f"success/wilson_{end}"][1] for end in ("low", "high"))
+        axis.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+        axis.plot(steps, values, "o-", color=colour, label=run.name)
+        return
+    window = max(1, round(SMOOTHED_OVER * len(values)))
+    axis.plot(steps, values, ".", color=colour, alpha=0.2, ms=3)
+    kernel = np.ones(window) / window
+    axis.plot(steps[window - 1 :], np.convolve(values, kernel, "valid"), color=colour, label=run.name)
+
+
+def main() -> int:
+    config = tyro.cli(Report, description=Report.__doc__)
+    try:
+        write_report(config)
+    except Rejected as error:
+        print(f"no report: {error}", file=sys.stderr)
+        return 1
+    print(config.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

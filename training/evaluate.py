@@ -4,6 +4,7 @@ The one module here that meets the simulator; `training.evaluations` starts it i
 """
 
 import json
+import os
 import pickle
 import sys
 from dataclasses import asdict, dataclass
@@ -29,6 +30,8 @@ from training.loop import make_agent
 
 FIRST_SEED = 850_000_000
 """Scenes of these evaluations: neither recorded, nor calibrated on, nor those of sim_client.evaluate."""
+BELOW_TRAINING = 10
+"""Niceness: training keeps the pace that it has alone, as far as there are cores."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def evaluate(config: Evaluate) -> Result:
 
 def main() -> int:
     config = tyro.cli(Evaluate, description=Evaluate.__doc__)
+    os.nice(BELOW_TRAINING)
     try:
         result = evaluate(config)
     except (Rejected, OSError) as error:

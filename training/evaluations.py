@@ -18,8 +18,6 @@ from protos.files import write_atomically
 from training.loop import Run
 
 FOLDER, BEST = "evaluations", "best.pt"
-BELOW_TRAINING = 10
-"""Niceness: training keeps the pace that it has alone, as far as there are cores."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Evaluations:
                 [sys.executable, "-m", *command],
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-                preexec_fn=lambda: os.nice(BELOW_TRAINING) and None,
+                start_new_session=True,  # Ctrl-C is for the training, which then stops this itself
             )  # fmt: skip
         results = self.results()
         fresh = [r for r in results if r.update not in self._told]

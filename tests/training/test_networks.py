@@ -40,7 +40,7 @@ def turned_action(action: torch.Tensor, turn: Element) -> torch.Tensor:
     return torch.from_numpy(turn.action(action.detach().numpy(), ACTION))
 
 
-def trained_a_little(network: nn.Module, loss: object, updates: int = 20) -> None:
+def trained_a_little(network: nn.Module, loss: object, updates: int = 50) -> None:
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
     for _ in range(updates):
         optimiser.zero_grad()
@@ -48,8 +48,8 @@ def trained_a_little(network: nn.Module, loss: object, updates: int = 20) -> Non
         optimiser.step()
 
 
-@pytest.mark.parametrize("group", ["C4", "C8", "C16", "D4"])
-@pytest.mark.parametrize("updates", [0, 20])
+@pytest.mark.parametrize("group", ["C4", "C8", "C16", "D4", "D8"])
+@pytest.mark.parametrize("updates", [0, 50])
 def test_the_actor_turns_with_the_scene(group: str, updates: int) -> None:
     actor = make_actor(dataclasses.replace(NETWORK, group=group), SMALL, EQUIVARIANCE["both"])
     state, action = random_state(SMALL), random_action(SMALL, 6)
@@ -64,7 +64,7 @@ def test_the_actor_turns_with_the_scene(group: str, updates: int) -> None:
 
 
 @pytest.mark.parametrize("group", ["C4", "C8", "D4"])
-@pytest.mark.parametrize("updates", [0, 20])
+@pytest.mark.parametrize("updates", [0, 50])
 def test_critic_and_value_are_invariant(group: str, updates: int) -> None:
     cfg = dataclasses.replace(NETWORK, group=group)
     critic, value = make_critic(cfg, SMALL, EQUIVARIANCE["both"]), make_value(cfg, SMALL, EQUIVARIANCE["both"])
@@ -217,6 +217,15 @@ def test_images_that_do_not_tile_are_refused_with_the_sizes_that_do() -> None:
         stages(NetworkConfig(), ObservationSpec(height=96, width=96))
     with pytest.raises(ValueError, match=r"network\.fields: expected 5 or more entries"):
         stages(NetworkConfig(fields=(4, 4)), SPEC.observation)
+
+
+def test_critics_may_be_narrower_than_the_actor() -> None:
+    cfg = NetworkConfig(fields=(3, 4, 8), hidden=8, critic_width=0.5)
+    assert (cfg.of_critics.fields, cfg.of_critics.hidden) == ((2, 2, 4), 4)
+    critic = make_critic(cfg, SMALL, EQUIVARIANCE["both"])
+    assert critic.encoder.features == 4 * 8
+    assert make_value(cfg, SMALL, EQUIVARIANCE["both"]).encoder.features == 4 * 8
+    assert make_actor(cfg, SMALL, EQUIVARIANCE["both"]).encoder.features == 8 * 8
 
 
 @pytest.mark.parametrize("group", ["C2", "C6", "D2", "D6", "rotations"])

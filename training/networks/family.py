@@ -1,7 +1,7 @@
 """What the two families of networks, steerable and plain, have in common: plain tensors in and out, and their sizes."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Protocol
 
@@ -28,7 +28,7 @@ turns are exact."""
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Sizes of every network. A plain one gets as many channels as make its parameter count like a steerable one."""
+    """Sizes of the networks. A plain one gets as many channels as make its parameter count like a steerable one."""
 
     group: str = "C8"
     """What steerable networks are built for: rotations, C4, C8 or C16, or rotations and reflections, D4, D8."""
@@ -37,6 +37,9 @@ class NetworkConfig:
     Each halves the image until it is 8 pixels wide; more of them than that takes work there."""
     hidden: int = 48
     """Regular fields of a head's hidden layer."""
+    critic_width: float = 1.0
+    """Fields of critics and values, as a share of the actor's: a robot is moved by the actor alone, and in offline
+    training critics take most of the time."""
     pool: int = 2
     """Average pooling of the image before the first convolution: 2 turns 128 x 128 into 64 x 64."""
 
@@ -46,6 +49,14 @@ class NetworkConfig:
             raise ValueError(f"group must hold the quarter turns: C4, C8, C16, D4, D8, ..., got {self.group}")
         if min(self.fields, default=0) < 1 or self.hidden < 1 or self.pool < 1:
             raise ValueError(f"fields, hidden and pool must be positive, got {self.fields}, {self.hidden}, {self.pool}")
+        if not self.critic_width > 0:
+            raise ValueError(f"critic_width must be positive, got {self.critic_width}")
+
+    @property
+    def of_critics(self) -> "NetworkConfig":
+        """The sizes of critics and values."""
+        fields = tuple(math.ceil(count * self.critic_width) for count in self.fields)
+        return replace(self, fields=fields, hidden=math.ceil(self.hidden * self.critic_width), critic_width=1.0)
 
 
 @dataclass(frozen=True)

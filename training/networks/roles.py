@@ -93,8 +93,8 @@ def make_actor(cfg: NetworkConfig, spec: PolicySpec, equivariant: frozenset[str]
 
 
 def make_critic(cfg: NetworkConfig, spec: PolicySpec, equivariant: frozenset[str]) -> Critic:
-    return Critic(cfg, spec, steerable="critic" in equivariant)
+    return Critic(cfg.of_critics, spec, steerable="critic" in equivariant)
 
 
 def make_value(cfg: NetworkConfig, spec: PolicySpec, equivariant: frozenset[str]) -> Value:
-    return Value(cfg, spec, steerable="value" in equivariant)
+    return Value(cfg.of_critics, spec, steerable="value" in equivariant)

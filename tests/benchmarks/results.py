@@ -1,0 +1,146 @@
+"""What is learned, from what, in how long: makes docs/results.md by the public commands.
+
+    python -m tests.benchmarks.results --home runs/results --output docs/results.md
+
+Each cell is a collection, a training and 100 closed-loop episodes through the server, for one seed. A cell whose report
+exists is not made again, so the study can be stopped and continued, row by row (--rows). Keep the machine free: budgets
+are minutes, not updates.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from scipy.stats import binomtest
+
+from protos.files import write_atomically
+from training.demo import server
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what is recorded, what is trained, for how long."""
+
+    name: str
+    task: str
+    data: str
+    """What sim_client.collect is told."""
+    train: str
+    """What training.run is told."""
+    minutes: float
+
+
+EXPERT, NOISY = "--behavior expert", "--behavior noisy --target-success 0.4"
+ROWS = (
+    Row("drawer-200", "drawer_opening", f"{EXPERT} --transitions 200", "--algo bc", 5),
+    Row("drawer-1000-iql", "drawer_opening", f"{EXPERT} --transitions 1000", "--algo iql", 12),
+    Row("drawer-1000-cql", "drawer_opening", f"{EXPERT} --transitions 1000", "--algo cql", 12),
+    Row("bowl-1000", "block_in_bowl", f"{EXPERT} --transitions 1000", "--algo bc", 15),
+    Row("stacking-2000", "block_stacking", f"{EXPERT} --transitions 2000", "--algo bc", 20),
+    Row("noisy-bc", "drawer_opening", f"{NOISY} --transitions 1000", "--algo bc", 10),
+    Row("noisy-iql", "drawer_opening", f"{NOISY} --transitions 1000", "--algo iql", 10),
+    Row("noisy-cql", "drawer_opening", f"{NOISY} --transitions 1000", "--algo cql", 10),
+    Row("equivariant-iql", "drawer_opening", f"{EXPERT} --transitions 150", "--algo iql", 5),
+    Row("plain-iql", "drawer_opening", f"{EXPERT} --transitions 150", "--algo iql --equivariance none", 5),
+    Row("equivariant-cql", "drawer_opening", f"{EXPERT} --transitions 150", "--algo cql", 5),
+    Row("plain-cql", "drawer_opening", f"{EXPERT} --transitions 150", "--algo cql --equivariance none", 5),
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Make the table of results, or the part of it that is missing."""
+
+    home: Path = Path("runs/results")
+    """Data, runs and reports go here."""
+    output: Path | None = None
+    """Write the table here too, as a page."""
+    rows: tuple[str, ...] = ()
+    """Names of rows to make; empty: all. Rows that were made earlier are shown in any case."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of data, training and evaluated scenes."""
+    episodes: int = 100
+    """Closed-loop episodes for each cell."""
+
+
+def run(*command: str) -> None:
+    print(f"python -m {shlex.join(command)}", flush=True)
+    subprocess.run([sys.executable, "-m", *command], check=True)
+
+
+def make(row: Row, seed: int, study: Study) -> None:
+    """Record, train, serve and evaluate one cell, unless it was."""
+    report, numbered = _report(row, seed, study), ("--seed", str(seed))
+    if report.exists():
+        return
+    data = study.home / "data" / f"{row.task}-{re.sub('[^a-z0-9]+', '-', row.data).strip('-')}-{seed}"
+    home = study.home / f"{row.name}-{seed}"
+    if not data.exists():
+        run("sim_client.collect", "--task", row.task, *row.data.split(), *numbered, "--output", str(data))
+    run(
+        "training.run", "--dataset", str(data), "--augmentation", "o2", *row.train.split(),
+        "--minutes", f"{row.minutes:g}", *numbered, "--output", str(home),
+    )  # fmt: skip
+    with server(home / "policy.onnx") as address:
+        run(
+            "sim_client.evaluate", "--server", address, "--task", row.task, "--episodes", str(study.episodes),
+            *numbered, "--report", str(report),
+        )  # fmt: skip
+
+
+def _report(row: Row, seed: int, study: Study) -> Path:
+    return study.home / f"{row.name}-{seed}.json"
+
+
+def table(study: Study) -> str:
+    """The rows that have been made, in Markdown."""
+    lines = [
+        "| row | task | data | training | minutes | success by seed | mean | 95 % interval |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        reports = [json.loads(p.read_text()) for s in study.seeds if (p := _report(row, s, study)).exists()]
+        if reports:
+            wins, episodes = (sum(r[name] for r in reports) for name in ("successes", "episodes"))
+            interval = binomtest(wins, episodes).proportion_ci(0.95, method="wilson")
+            rates = [r["success_rate"] for r in reports]
+            lines.append(
+                f"| {row.name} | {row.task} | `{row.data}` | `{row.train}` | {row.minutes:g} | "
+                f"{', '.join(f'{rate:.0%}' for rate in rates)} | **{np.mean(rates):.0%}** | "
+                f"{interval.low:.0%} to {interval.high:.0%} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def page(study: Study) -> str:
+    command = f"python -m tests.benchmarks.results --home {study.home} --output {study.output}"
+    return (
+        "# Results\n\nClosed-loop success through the server on two CPU cores, "
+        f"{study.episodes} episodes per seed; preset `cpu`, `--augmentation o2`. Made by\n\n    {command}\n\n"
+        "Each cell is `sim_client.collect`, `training.run`, `serving.server` and `sim_client.evaluate` with the flags "
+        "of its row; the intervals are Wilson's, over all episodes of a row.\n\n" + table(study)
+    )
+
+
+def main() -> None:
+    study = tyro.cli(Study, description=Study.__doc__)
+    unknown = set(study.rows) - {row.name for row in ROWS}
+    if unknown:
+        sys.exit(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(row.name for row in ROWS)}")
+    for row in ROWS:
+        for seed in study.seeds:
+            if not study.rows or row.name in study.rows:
+                make(row, seed, study)
+    print("\n" + table(study))
+    if study.output:
+        write_atomically(study.output, page(study).encode())
+
+
+if __name__ == "__main__":
+    main()

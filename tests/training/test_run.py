@@ -187,10 +187,32 @@ def test_help_teaches_without_loading_e2cnn() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize(("preset", "batch"), [("cpu", 32), ("paper", 8)])
+@pytest.mark.parametrize(("preset", "batch"), [("cpu", 32), ("gpu", 128), ("paper", 8)])
 def test_presets_are_files_and_flags_override_them(preset: str, batch: int) -> None:
     plain = parse(["--dataset", "d", "--output", "o", "--preset", preset])
     assert (plain.preset, plain.batch_size) == (preset, batch)
     changed = parse(["--dataset", "d", "--output", "o", "--preset", preset, "--batch-size", "5", "--updates", "7"])
     assert (changed.batch_size, changed.updates, changed.minutes) == (5, 7, None)
     assert changed.network == plain.network
+
+
+def test_a_preset_may_be_your_own_file_and_a_wrong_one_says_what_there_is(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("batch_size: 6\niql:\n  expectile: 0.7\nnetwork:\n  group: C4\n")
+    config = parse(["--dataset", "d", "--output", "o", "--preset", str(mine), "--iql.temperature", "2"])
+    assert (config.batch_size, config.network.group) == (6, "C4")
+    assert (config.iql.expectile, config.iql.temperature) == (0.7, 2.0)
+    with pytest.raises(Rejected, match="cpu, gpu, paper"):
+        parse(["--dataset", "d", "--output", "o", "--preset", "fast"])
+    mine.write_text("batch: 6\n")
+    with pytest.raises(Rejected, match="unexpected keyword argument 'batch'"):
+        parse(["--dataset", "d", "--output", "o", "--preset", str(mine)])
+
+
+def test_the_paper_preset_is_the_paper_s() -> None:
+    config = parse(["--dataset", "d", "--output", "o", "--preset", "paper"])
+    assert (config.updates, config.batch_size, config.learning_rate, config.discount) == (100_000, 8, 1e-4, 0.99)
+    assert (config.n_step, config.network.group, config.network.pool, config.network.critic_width) == (1, "C8", 1, 1.0)
+    assert (config.iql.expectile, config.iql.temperature, config.iql.target_rate) == (0.8, 0.5, 5e-3)
+    assert (config.cql.conservative_weight, config.cql.proposals, config.cql.cloning_weight) == (1.0, 10, 0.0)
+    assert (config.cql.entropy, config.cql.entropy_temperature, config.cql.target_entropy) == ("learned", 0.01, None)

@@ -41,7 +41,7 @@ class CQLConfig:
     """Of the advantage-weighted log-likelihood of recorded actions in the actor's loss. 0 is CQL as published: the
     actor learns from Q alone, which takes many more updates."""
     cloning_temperature: float = 0.5
-    """Advantages of recorded actions over the policy's own are divided by this before exp, as in IQL."""
+    """Advantages of recorded actions over the policy's greedy ones are divided by this before exp, as in IQL."""
     largest_weight: float = 100.0
     """Those weights are clipped here."""
     target_rate: float = 5e-3
@@ -92,7 +92,7 @@ class CQL(Agent):
         with _frozen(self.critic):
             value, entropy = self._soft_value(self.critic, features.detach(), pi, alpha)  # [B]
         with torch.no_grad():
-            advantage = recorded.amin(dim=0) - value
+            advantage = (recorded - self.critic.score(features, pi.mode())).amin(dim=0)  # [B]
             weight = advantage_weight(advantage, self.cfg.cloning_temperature, self.cfg.largest_weight)
         cloning = -(weight * pi.log_prob(batch.action)).mean()
         conservative, multiplier = self._weighed(gap)

@@ -61,28 +61,14 @@ class Evaluations:
         state = {"agent": self._run.learner.agent.state_dict(), "spec": data.spec.to_json(), "env_spec": data.env_spec}
         if not (self._run.config.output / name).with_suffix(".json").exists():
             self._run.write(name, state)
-        self.poll()
+        self._start_the_next()
 
     def poll(self) -> list[Result]:
         """Start the next evaluation if none is under way; what has come in since the last call.
 
         Raises EvaluationError when an evaluation failed.
         """
-        if self._process is not None and self._process.poll() is not None:
-            failed = self._process.returncode
-            said = (self._process.stderr.read() if self._process.stderr else "").strip()
-            self._process = None
-            if failed:
-                raise EvaluationError(f"an evaluation failed with exit code {failed}: {said[-500:]}")
-        waiting = [p for p in sorted(self._folder.glob("*.pt")) if not p.with_suffix(".json").exists()]
-        if self._process is None and waiting:
-            command = ["training.evaluate", str(waiting[0]), "--episodes", str(self._run.config.eval_episodes)]
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", *command],
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-                start_new_session=True,  # Ctrl-C is for the training, which then stops this itself
-            )  # fmt: skip
+        self._start_the_next()
         results = self.results()
         fresh = [r for r in results if r.update not in self._told]
         self._told |= {r.update for r in fresh}
@@ -116,6 +102,24 @@ class Evaluations:
             self._process.terminate()
             self._process.wait()
             self._process = None
+
+    def _start_the_next(self) -> None:
+        """Raises EvaluationError when the one before failed."""
+        if self._process is not None and self._process.poll() is not None:
+            failed = self._process.returncode
+            said = (self._process.stderr.read() if self._process.stderr else "").strip()
+            self._process = None
+            if failed:
+                raise EvaluationError(f"an evaluation failed with exit code {failed}: {said[-500:]}")
+        waiting = [p for p in sorted(self._folder.glob("*.pt")) if not p.with_suffix(".json").exists()]
+        if self._process is None and waiting:
+            command = ["training.evaluate", str(waiting[0]), "--episodes", str(self._run.config.eval_episodes)]
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+                start_new_session=True,  # Ctrl-C is for the training, which then stops this itself
+            )  # fmt: skip
 
     def _keep_the_best(self, results: list[Result]) -> None:
         chosen = self._folder / f"update-{best(results).update:07d}.pt"

@@ -68,8 +68,8 @@ def unpack_observation(message: pb.Observation, spec: ObservationSpec) -> Observ
     dtype = _DTYPES.get(message.encoding)
     if dtype is None:
         known = ", ".join(Encoding.Name(e) for e in _DTYPES)
-        got = Encoding.Name(message.encoding) if message.encoding in Encoding.values() else str(message.encoding)
-        raise Rejected("observation.encoding", known, got, "say how the depth bytes are to be read")
+        came = Encoding.Name(message.encoding) if message.encoding in Encoding.values() else str(message.encoding)
+        raise Rejected("observation.encoding", known, came, "say how the depth bytes are to be read")
     for name, got, expected in (
         ("height", message.height, spec.height),
         ("width", message.width, spec.width),

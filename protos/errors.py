@@ -11,7 +11,10 @@ class Status(Enum):
     NOT_FOUND = "NOT_FOUND"  # policy, version, episode
     OUT_OF_RANGE = "OUT_OF_RANGE"  # stale step or frame
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"  # queue, size
-    UNIMPLEMENTED = "UNIMPLEMENTED"  # declared in the contract, not yet built
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"  # the caller's time ran out before its turn came
+    UNAUTHENTICATED = "UNAUTHENTICATED"  # no token, or one that nobody knows
+    PERMISSION_DENIED = "PERMISSION_DENIED"  # a token without the role
+    INTERNAL = "INTERNAL"  # our own fault
     UNAVAILABLE = "UNAVAILABLE"  # warming up, draining: the only one that a client retries
 
 
@@ -31,3 +34,8 @@ class Rejected(ValueError):
     ) -> None:
         self.field, self.expected, self.got, self.remedy, self.status = field, expected, got, remedy, status
         super().__init__(f"{field}: expected {expected}, got {got}" + (f"; {remedy}" if remedy else ""))
+
+
+def shown(text: str, length: int = 64) -> str:
+    """A caller's text in a form that is safe to log and to send back: quoted, escaped, and cut to `length`."""
+    return ascii(text if len(text) <= length else text[: length - 3] + "...")

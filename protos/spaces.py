@@ -245,6 +245,16 @@ class PolicySpec:
         """SHA-256 of the canonical JSON, 64 hex digits: the contract digest."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def hold(self, gripper: float) -> NDArray[np.float32]:
+        """The action [A] that stays: no motion, and a gripper that keeps what it holds (or, empty, is open)."""
+        action = self.action.centre.copy()
+        if self.observation.gripper is GripperState.HOLDING:
+            gripper = 1.0 - gripper  # a closed hand holds
+        for field in self.action.fields:
+            if field.low is not None and field.high is not None:
+                action[self.action.slice_of(field.name)] = field.low + gripper * (field.high - field.low)
+        return action
+
     def require_same(self, other: "PolicySpec", whose: str) -> None:
         """Raise Rejected (FAILED_PRECONDITION) naming every field in which `other`, `whose` contract, differs."""
         ours, theirs = _flatten(json.loads(self.to_json())), _flatten(json.loads(other.to_json()))

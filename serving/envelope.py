@@ -1,16 +1,27 @@
-"""The last gate before the arm: (action, limits, pose) -> what may be executed, and every change made. Pure."""
+"""The last gate before the arm: (action, limits, pose, the action before) -> what may be executed, and every change.
 
-from dataclasses import dataclass
+Pure, and plain floats rather than numpy: five numbers are not worth an array. Rules in their order:
+
+    not_finite  anything that is no number means: stay where you are
+    limit       each field within its bound; a vector is shortened and keeps its direction
+    step        the length of the whole translation
+    jump        the difference from the action before, in an episode
+    z_floor, workspace   where the tool would end; these come last, so a wall stops it however sudden that is
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from protos.errors import Rejected, Status
-from protos.spaces import ActionSpec, Kind, Pose
-from serving.errors import PolicyFault
+from protos.errors import Rejected, Status, shown
+from protos.spaces import ActionSpec, Field, Kind, PolicySpec, Pose
 
 ROUNDING = 1e-6
 """A float32 on its bound may exceed it by this fraction; that is arithmetic, not a wish to go further."""
+SHRINK = 1 - 1e-7  # so that what was shortened is still within when it is rounded to float32
 AXIS_OF = {"dx": 0, "dy": 1, "dz": 2}
 
 
@@ -27,6 +38,62 @@ class Workspace:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Bounds beyond those of a policy's contract. Infinite: none."""
+
+    fields: Mapping[str, float] = field(default_factory=dict)
+    """By the name of a field with a symmetric bound, in its unit."""
+    step_m: float = math.inf
+    """The length of the translation (dx, dy, dz)."""
+    jump_m: float = math.inf
+    """How far a translation may lie from the one before."""
+    jump_rad: float = math.inf
+    """The same for a rotation."""
+    z_floor_m: float = -math.inf
+    """The lowest z at which a motion may end."""
+    workspace: Workspace | None = None
+
+    def tightened(self, asked: Mapping[str, float], spec: ActionSpec, *, refuse_wider: bool = True) -> "Limits":
+        """These and the ones asked for, by the names of `in_force`.
+
+        Args:
+            refuse_wider: whether a limit that is wider than what holds is an error, or just without effect.
+
+        Raises:
+            Rejected: naming limits[NAME] that is unknown, no number that can bound, or wider.
+        """
+        held, changed = self.in_force(spec), {}
+        for name, value in asked.items():
+            key = f"limits[{shown(name)}]"
+            if name not in held:
+                raise Rejected(key, f"one of: {', '.join(held)}", "an unknown name")
+            floor = name == "z_floor_m"
+            if not math.isfinite(value) or (value <= 0 and not floor):
+                raise Rejected(key, "a finite number" if floor else "a positive, finite number", f"{value:g}")
+            wider = value < held[name] if floor else value > held[name] * (1 + ROUNDING)
+            if wider and refuse_wider:
+                remedy = "limits can be tightened, never widened"
+                raise Rejected(key, f"at {'least' if floor else 'most'} {held[name]:g}", f"{value:g}", remedy)
+            changed[name] = max(value, held[name]) if floor else min(value, held[name])
+        scalars = {name: value for name, value in changed.items() if name in _SCALARS}
+        fields = {name: value for name, value in changed.items() if name not in _SCALARS}
+        return replace(self, fields={**self.fields, **fields}, **scalars)  # type: ignore[arg-type]
+
+    def in_force(self, spec: ActionSpec) -> dict[str, float]:
+        """Every limit by name, the contract's own among them; infinite where there is none."""
+        own = {f.name: f.limit for f in spec.fields if f.limit is not None}
+        fields = {name: min(limit, self.fields.get(name, math.inf)) for name, limit in own.items()}
+        return {**fields, **{name: getattr(self, name) for name in _SCALARS}}
+
+    def to_dict(self) -> dict[str, object]:
+        """For the record."""
+        return asdict(self)
+
+
+_SCALARS = ("step_m", "jump_m", "jump_rad", "z_floor_m")
+
+
+@dataclass(frozen=True)
 class Intervention:
     """One change: the field's components before and after, the rule, and the limit that it kept."""
 
@@ -39,67 +106,142 @@ class Intervention:
 
 @dataclass(frozen=True)
 class Decision:
-    """The action [A] to execute, and how it came to differ from the policy's."""
+    """The action [A] to execute, and how it came to differ from the policy's. `hold`: there was no valid action."""
 
     action: NDArray[np.float32]
-    interventions: tuple[Intervention, ...]
+    interventions: tuple[Intervention, ...] = ()
+    hold: bool = False
 
 
-def limit(
-    action: NDArray[np.float32], spec: ActionSpec, pose: Pose | None = None, workspace: Workspace | None = None
-) -> Decision:
-    """Keep every field within its bound and, where a workspace is given, the tool within the box.
+class Envelope:
+    """What may be executed under one contract and one set of limits.
 
     Raises:
-        PolicyFault: when the action is not finite: no limit makes a motion out of it.
-        Rejected: FAILED_PRECONDITION when there is a workspace and no pose.
+        Rejected: when a limit names a field that the contract does not have.
     """
-    if not np.isfinite(action).all():
-        raise PolicyFault("the policy's action is not finite; hold")
-    limited, changes = _within_bounds(action, spec)
-    if workspace is not None:
-        if pose is None:
+
+    def __init__(self, spec: PolicySpec, limits: Limits = Limits()) -> None:
+        self.spec, self.limits = spec, limits.tightened(limits.fields, spec.action, refuse_wider=False)
+        self._bounds = self.limits.in_force(spec.action)
+        places = {f.name: tuple(range(spec.action.size))[spec.action.slice_of(f.name)] for f in spec.action.fields}
+        self._fields: tuple[tuple[Field, tuple[int, ...]], ...] = tuple((f, places[f.name]) for f in spec.action.fields)
+        self._translation = [(f, p) for f, p in self._fields if set(f.components) <= set(AXIS_OF)]
+        self._rotation = [(f, p) for f, p in self._fields if f.kind is Kind.PSEUDOSCALAR]
+        box = self.limits.workspace or Workspace((-math.inf,) * 3, (math.inf,) * 3)
+        self._low, self._high = (*box.low[:2], max(box.low[2], self.limits.z_floor_m)), box.high
+        self._floored = self.limits.z_floor_m >= box.low[2]
+        self._bounded = any(map(math.isfinite, (*self._low, *self._high)))
+
+    def decide(
+        self,
+        action: NDArray[np.float32],
+        *,
+        sound: bool = True,
+        gripper: float = 0.0,
+        pose: Pose | None = None,
+        previous: Sequence[float] | NDArray[np.float32] | None = None,
+    ) -> Decision:
+        """Keep an action [A] within every limit.
+
+        Args:
+            sound: whether all else that the policy said is finite; if not, its action is not believed either.
+            gripper: the observation's, for a hand that must keep what it holds.
+            pose: where the tool is; needed where a workspace or a floor is kept.
+            previous: the action that was executed before; None: there was none.
+
+        Raises:
+            Rejected: FAILED_PRECONDITION when there is a workspace and no pose.
+        """
+        if self._bounded and pose is None:
             remedy = "this server keeps a workspace; send where the gripper is"
             raise Rejected("observation.pose", "a pose", "none", remedy, Status.FAILED_PRECONDITION)
-        limited, more = _within_workspace(limited, spec, pose, workspace)
-        changes += more
-    return Decision(limited, tuple(changes))
+        proposed = action.tolist()
+        if not sound or not all(map(math.isfinite, proposed)):
+            return self._hold(proposed, gripper, previous)
+        motion = _Motion(proposed)
+        self._keep_bounds(motion)
+        self._keep_step(motion)
+        if previous is not None:
+            self._keep_jump(motion, previous)
+        if self._bounded and pose is not None:
+            self._keep_inside(motion, (pose.x, pose.y, pose.z))
+        if not motion.changes:
+            return Decision(action)
+        return Decision(np.array(motion.values, np.float32), tuple(motion.changes))
+
+    def _hold(
+        self, proposed: list[float], gripper: float, previous: Sequence[float] | NDArray[np.float32] | None
+    ) -> Decision:
+        held = self.spec.hold(gripper).tolist()
+        for f, places in self._fields:
+            if f.limit is None and previous is not None:  # a command stands until another is given
+                for place in places:
+                    held[place] = float(previous[place])
+        motion = _Motion(proposed)
+        for f, places in self._fields:
+            motion.change(f, places, [held[p] for p in places], "not_finite", 0.0)
+        return Decision(np.array(held, np.float32), tuple(motion.changes), hold=True)
+
+    def _keep_bounds(self, motion: "_Motion") -> None:
+        for f, places in self._fields:
+            values = [motion.values[p] for p in places]
+            if f.limit is None:
+                low, high = float(f.low or 0.0), float(f.high or 0.0)
+                if not low <= values[0] <= high:
+                    motion.change(
+                        f, places, [min(max(values[0], low), high)], "limit", low if values[0] < low else high
+                    )
+            else:
+                bound = self._bounds[f.name]
+                size = math.hypot(*values)
+                if size > bound * (1 + ROUNDING):
+                    share = bound / size * SHRINK
+                    limit = -bound if f.kind is not Kind.VECTOR and values[0] < 0 else bound
+                    motion.change(f, places, [v * share for v in values], "limit", limit)
+
+    def _keep_step(self, motion: "_Motion") -> None:
+        length = math.hypot(*(motion.values[p] for _, places in self._translation for p in places))
+        if length > self.limits.step_m * (1 + ROUNDING):
+            share = self.limits.step_m / length * SHRINK
+            for f, places in self._translation:
+                motion.change(f, places, [motion.values[p] * share for p in places], "step", self.limits.step_m)
+
+    def _keep_jump(self, motion: "_Motion", previous: Sequence[float] | NDArray[np.float32]) -> None:
+        """Towards the wish, but no further from the action before; both lie within the bounds, so this does too."""
+        for parts, bound in ((self._translation, self.limits.jump_m), (self._rotation, self.limits.jump_rad)):
+            places = [p for _, places in parts for p in places]
+            jump = math.hypot(*(motion.values[p] - float(previous[p]) for p in places))
+            if jump > bound * (1 + ROUNDING):
+                share = bound / jump * SHRINK
+                for f, own in parts:
+                    after = [float(previous[p]) + share * (motion.values[p] - float(previous[p])) for p in own]
+                    motion.change(f, own, after, "jump", bound)
+
+    def _keep_inside(self, motion: "_Motion", position: tuple[float, float, float]) -> None:
+        """Shorten a translation until it ends inside; a tool that is already outside may only move back in."""
+        for f, places in self._translation:
+            share, wall, rule = 1.0, 0.0, "workspace"
+            for name, place in zip(f.components, places, strict=True):
+                step, axis = motion.values[place], AXIS_OF[name]
+                face = self._high[axis] if step > 0 else self._low[axis]
+                room = max(face - position[axis], 0.0) if step > 0 else max(position[axis] - face, 0.0)
+                if abs(step) > room * (1 + ROUNDING) and room / abs(step) < share:
+                    share, wall = room / abs(step), face
+                    rule = "z_floor" if self._floored and axis == 2 and step < 0 else "workspace"
+            if share < 1:
+                motion.change(f, places, [motion.values[p] * share * SHRINK for p in places], rule, wall)
 
 
-def _within_bounds(action: NDArray[np.float32], spec: ActionSpec) -> tuple[NDArray[np.float32], list[Intervention]]:
-    exceeds = spec.magnitudes(action) > 1 + ROUNDING
-    projected, limited, changes = spec.project(action), action.copy(), []
-    for field, too_far in zip(spec.fields, exceeds, strict=True):
-        if too_far:
-            part = spec.slice_of(field.name)
-            limited[part] = projected[part]
-            below = field.kind is not Kind.VECTOR and action[part][0] < field.centre
-            passed = field.centre + (-field.scale if below else field.scale)
-            changes.append(Intervention(field.name, "limit", _floats(action[part]), _floats(limited[part]), passed))
-    return limited, changes
+class _Motion:
+    """An action on its way through the rules."""
 
+    def __init__(self, values: list[float]) -> None:
+        self.values, self.changes = list(values), list[Intervention]()
 
-def _within_workspace(
-    action: NDArray[np.float32], spec: ActionSpec, pose: Pose, workspace: Workspace
-) -> tuple[NDArray[np.float32], list[Intervention]]:
-    """Shorten a translation until it ends inside; a tool that is already outside may only move back in."""
-    position, limited, changes = (pose.x, pose.y, pose.z), action.copy(), []
-    for field in spec.fields:
-        axes = [AXIS_OF[c] for c in field.components if c in AXIS_OF]
-        if not axes:
-            continue
-        part = spec.slice_of(field.name)
-        share, wall = 1.0, 0.0
-        for axis, step in zip(axes, action[part].tolist(), strict=True):
-            face = workspace.high[axis] if step > 0 else workspace.low[axis]
-            room = max(face - position[axis], 0.0) if step > 0 else max(position[axis] - face, 0.0)
-            if abs(step) > room * (1 + ROUNDING) and room / abs(step) < share:
-                share, wall = room / abs(step), face
-        if share < 1:
-            limited[part] = action[part] * np.float32(share)
-            changes.append(Intervention(field.name, "workspace", _floats(action[part]), _floats(limited[part]), wall))
-    return limited, changes
-
-
-def _floats(components: NDArray[np.float32]) -> tuple[float, ...]:
-    return tuple(components.tolist())
+    def change(self, f: Field, places: tuple[int, ...], after: list[float], rule: str, limit: float) -> None:
+        before = tuple(self.values[p] for p in places)
+        if before == tuple(after):
+            return
+        for place, value in zip(places, after, strict=True):
+            self.values[place] = value
+        self.changes.append(Intervention(f.name, rule, before, tuple(np.array(after, np.float32).tolist()), limit))

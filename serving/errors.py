@@ -15,7 +15,3 @@ class PolicyRefused(Exception):
     def __init__(self, file: str, reasons: Sequence[Rejected]) -> None:
         self.file, self.reasons = file, tuple(reasons)
         super().__init__("\n".join([f"refused {file}", *(f"  - {reason}" for reason in reasons)]))
-
-
-class PolicyFault(Exception):
-    """A loaded policy answered with something that is no action. The message is safe to send to a caller."""

@@ -1,6 +1,7 @@
 """A loaded policy.onnx: onnxruntime session, contract and golden pairs; act(observation) -> Proposal."""
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status
 from protos.manifest import INPUTS, OUTPUTS, VALUE_OUTPUT, Manifest
 from protos.spaces import Observation, PolicySpec
-from serving.errors import PolicyFault, PolicyRefused
+from serving.errors import PolicyRefused
+from serving.onnx_header import require_standard_operators
 
 VERSION_DIGITS = 12
 BATCH = 8
@@ -30,6 +32,11 @@ class Proposal:
     action: NDArray[np.float32]
     std: NDArray[np.float32]
     value: float | None
+
+    @property
+    def sound(self) -> bool:
+        """Whether all of it is finite."""
+        return bool(np.isfinite(self.action).all() and np.isfinite(self.std).all()) and math.isfinite(self.value or 0.0)
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Proof:
     detail: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Policy:
     """One version of one policy. Safe to call from several threads: onnxruntime's `run` is."""
 
@@ -62,6 +69,8 @@ class Policy:
     manifest: Manifest
     session: ort.InferenceSession
     proofs: tuple[Proof, ...] = ()
+    inference_ms: float = 0.0
+    """One greedy action on this machine, after warming up."""
 
     @property
     def version(self) -> str:
@@ -75,22 +84,56 @@ class Policy:
     def has_value(self) -> bool:
         return any(output.name == VALUE_OUTPUT for output in self.session.get_outputs())
 
-    def act(self, observation: Observation) -> Proposal:
-        """The greedy action for one observation.
+    def has_same_file(self, path: Path) -> bool:
+        """Whether the file there is, byte for byte, the one that this came from."""
+        try:
+            return hashlib.sha256(path.read_bytes()).hexdigest() == self.sha256
+        except OSError:
+            return False
 
-        Raises:
-            PolicyFault: when any output is not finite; a robot must never see it.
-        """
-        outputs = self._run(observation.depth[None], np.array([observation.gripper], np.float32))
-        for name in ("action", "std", "value"):
-            array = getattr(outputs, name)
-            if array is not None and not np.isfinite(array).all():
-                raise PolicyFault(f"policy {self.name} {self.version} answered with a non-finite {name}; hold")
-        value = None if outputs.value is None else float(outputs.value[0])
-        return Proposal(outputs.action[0], outputs.std[0], value)
+    def info(self) -> pb.PolicyInfo:
+        """What it is, where it came from and what it has proved."""
+        m = self.manifest
+        return pb.PolicyInfo(
+            name=self.name,
+            version=self.version,
+            sha256=self.sha256,
+            contract=m.spec.to_json(),
+            contract_digest=m.spec.digest,
+            task=m.task,
+            algorithm=m.algorithm,
+            equivariance=m.equivariance,
+            group=m.group,
+            seed=m.seed,
+            dataset_id=m.dataset_id,
+            dataset_sha256=m.dataset_sha256,
+            code_version=m.code_version,
+            proofs=[
+                pb.PolicyInfo.Proof(name=p.name, measured=p.measured, bound=p.bound, detail=p.detail)
+                for p in self.proofs
+            ],
+            equivariance_error_90=m.equivariance_error_90,
+            equivariance_error_45=m.equivariance_error_45,
+            has_value=self.has_value,
+            inference_ms=self.inference_ms,
+        )
+
+    def act(self, observation: Observation) -> Proposal:
+        """The greedy action for one observation; whether it is finite is the envelope's question."""
+        return self.act_many([observation])[0]
+
+    def act_many(self, observations: Sequence[Observation]) -> list[Proposal]:
+        """The greedy actions for several observations, in as few runs as memory allows."""
+        if len(observations) == 1:
+            outputs = self._run(observations[0].depth[None], np.array([observations[0].gripper], np.float32))
+        else:
+            depth = np.stack([o.depth for o in observations])
+            outputs = self.act_batch(depth, np.array([o.gripper for o in observations], np.float32))
+        values = [None] * len(observations) if outputs.value is None else outputs.value.tolist()
+        return [Proposal(*parts) for parts in zip(outputs.action, outputs.std, values, strict=True)]
 
     def act_batch(self, depth: NDArray[np.float32], gripper: NDArray[np.float32]) -> Outputs:
-        """depth [B, H, W], gripper [B]; unchecked, for proofs, which want to see what the graph really says."""
+        """depth [B, H, W], gripper [B]; what the graph really says, unchecked."""
         starts = range(0, len(gripper), BATCH)
         parts = [self._run(depth[i : i + BATCH], gripper[i : i + BATCH]) for i in starts]
         values = [part.value for part in parts if part.value is not None]
@@ -122,6 +165,7 @@ def load(path: Path, name: str = "", *, intra_op_threads: int = 1) -> Policy:
     except OSError as error:
         raise PolicyRefused(str(path), [_refusal("file", "a readable file", str(error.strerror), "")]) from error
     try:
+        require_standard_operators(content)
         session = _open(content, intra_op_threads)
         manifest = Manifest.from_metadata(session.get_modelmeta().custom_metadata_map)
         _require_wire_components(manifest.spec)

@@ -1,27 +1,77 @@
-"""Which policies are live, under which names, and which is the default."""
+"""Which policies are live, under which names, and which is the default. Every change is one assignment."""
 
+import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from protos.errors import Rejected, Status
+from protos.errors import Rejected, Status, shown
 from serving.policy import Policy
+
+KEPT_VERSIONS = 2
+"""Of each name: the newest, and the one before, for those who ask for it. Episodes keep theirs as long as they last."""
+
+
+@dataclass(frozen=True)
+class _Live:
+    policies: tuple[Policy, ...] = ()
+    """In the order of loading."""
+    default: str = ""
 
 
 class Registry:
     """Empty until `publish`: a server listens, and answers UNAVAILABLE, before its policies have proved themselves."""
 
     def __init__(self) -> None:
-        self._policies: tuple[Policy, ...] = ()  # in the order of loading; the first one's name is the default
+        self._live = _Live()
+        self._changing = threading.Lock()
 
-    def publish(self, policies: Sequence[Policy]) -> None:
-        """Go live with these, at once and all together."""
-        self._policies = tuple(policies)
+    def publish(self, policies: Sequence[Policy], default: str = "") -> None:
+        """Go live with these, at once and all together; the default is the first one's name unless named."""
+        with self._changing:
+            self._live = _Live(tuple(policies), default or policies[0].name)
+
+    def add(self, policy: Policy) -> None:
+        """Go live with one more. It is the newest of its name; the oldest beyond KEPT_VERSIONS leaves.
+
+        Raises:
+            Rejected: FAILED_PRECONDITION when the name stands for another contract: controllers rely on it.
+        """
+        with self._changing:
+            live = self._live
+            same = [p for p in live.policies if p.name == policy.name and p.version != policy.version]
+            if same:
+                same[-1].spec.require_same(policy.spec, f"the new {policy.name} {policy.version}")
+            kept = same[-(KEPT_VERSIONS - 1) :] if KEPT_VERSIONS > 1 else []
+            others = [p for p in live.policies if p.name != policy.name or p in kept]
+            self._live = _Live((*others, policy), live.default or policy.name)
+
+    def remove(self, name: str, version: str = "") -> None:
+        """Take a version (empty: all of them) from those that new calls and episodes can ask for.
+
+        Raises:
+            Rejected: NOT_FOUND; FAILED_PRECONDITION when the default would be left without a policy.
+        """
+        with self._changing:
+            self.resolve(name, version, "name")
+            live = self._live
+            left = tuple(p for p in live.policies if p.name != name or version not in ("", p.version))
+            if not any(p.name == live.default for p in left):
+                remedy = "make another one the default first"
+                expected = "a policy other than the default's last"
+                raise Rejected("name", expected, shown(name), remedy, Status.FAILED_PRECONDITION)
+            self._live = _Live(left, live.default)
+
+    def set_default(self, name: str) -> None:
+        """Raises Rejected, NOT_FOUND."""
+        with self._changing:
+            self._live = _Live(self._live.policies, self.resolve(name, "", "name").name)
 
     def __iter__(self) -> Iterator[Policy]:
-        return iter(self._policies)
+        return iter(self._live.policies)
 
     @property
     def default(self) -> str:
-        return self._policies[0].name
+        return self._live.default
 
     def resolve(self, name: str, version: str, field: str = "policy") -> Policy:
         """The policy of this name (empty: the default) and version (empty: the newest loaded).
@@ -29,20 +79,15 @@ class Registry:
         Raises:
             Rejected: NOT_FOUND naming `field` or "version" and what there is; UNAVAILABLE before `publish`.
         """
-        policies = self._policies
-        if not policies:
+        live = self._live
+        if not live.policies:
             raise Rejected("server", "loaded policies", "none yet", "wait and try again", Status.UNAVAILABLE)
-        named = [p for p in policies if p.name == (name or policies[0].name)]
+        named = [p for p in live.policies if p.name == (name or live.default)]
         if not named:
-            known = ", ".join(dict.fromkeys(p.name for p in policies))
-            raise Rejected(field, f"one of: {known}", _shown(name), "or leave it empty", Status.NOT_FOUND)
+            known = ", ".join(dict.fromkeys(p.name for p in live.policies))
+            raise Rejected(field, f"one of: {known}", shown(name), "or leave it empty", Status.NOT_FOUND)
         matching = [p for p in named if version in ("", p.version)]
         if not matching:
             known = ", ".join(p.version for p in named)
-            raise Rejected("version", f"one of: {known}", _shown(version), "or leave it empty", Status.NOT_FOUND)
+            raise Rejected("version", f"one of: {known}", shown(version), "or leave it empty", Status.NOT_FOUND)
         return matching[-1]
-
-
-def _shown(text: str) -> str:
-    """A caller's text in a form that is safe to log and to send back."""
-    return repr(text if len(text) <= 64 else text[:61] + "...")

@@ -1,92 +1,54 @@
 """The command that serves policies: `python -m serving.server --policy policy.onnx`.
 
-Start: bind, load, prove, warm up, and only then report SERVING. Stop (SIGTERM): report NOT_SERVING at once, refuse new
-calls, let calls in flight finish, exit 0.
+Start: bind, load, prove, warm up, and only then report SERVING. SIGHUP: look at policies and tokens again. Stop
+(SIGTERM): report NOT_SERVING at once, refuse new calls, let calls in flight finish, exit 0.
+
+Threads, not asyncio: docs/serving.md has the measurement. The model runs in the thread of its call, but
+behind serving.dispatcher, so there are always threads left for health and for refusals.
 """
 
 import ipaddress
 import logging
-import math
-import re
 import signal
 import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import grpc
-import tyro
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
-from protos.spaces import Observation
-from serving.envelope import Workspace
+from serving import logs
+from serving.admin import PolicyAdminServicer
+from serving.answering import Answering
+from serving.config import Config, parse
+from serving.dispatcher import Dispatcher
 from serving.errors import PolicyRefused, StartupError
+from serving.frames import FrameWatch
+from serving.library import Library
 from serving.metrics import Metrics
-from serving.policy import Policy, load
-from serving.proofs import prove
+from serving.recorder import Recorder
 from serving.registry import Registry
-from serving.servicer import PolicyAdminServicer, PolicyServicer
+from serving.security import Certificates, Doorman, Gate
+from serving.servicer import PolicyServicer
+from serving.sessions import Sessions
+from serving.tracing import OpenTelemetry, Tracer
 
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
-"""A 128 x 128 frame takes 64 KiB; this leaves room for views of up to 1000 x 1000 and for no more."""
-QUEUE_PER_WORKER = 4
-"""Calls waiting beyond this are refused RESOURCE_EXHAUSTED: an answer that comes late is of no use to a controller."""
-WARM_UP_CALLS = 3
+"""A 128 x 128 frame takes 64 KiB; this leaves room for views of up to 1000 x 1000, or batches of 60."""
+MAX_METADATA_BYTES = 16 * 1024
+THREADS = 32
+"""More than inferences and waiting calls together, so that a refusal or a health check always finds one."""
+MAX_CONCURRENT_CALLS = 256
+SWITCH_S = 5e-4
+"""How long a thread may keep the interpreter from others: at Python's 5 ms, refusals and health would wait so long."""
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
-
-
-@dataclass(frozen=True)
-class Config:
-    """Serve policies to robots over gRPC.
-
-    Every policy must first reproduce its golden actions, turn with the scene if it claims to, and answer to its
-    gripper input; a policy that does not is refused and the server does not start.
-    """
-
-    policy: tyro.conf.UseAppendAction[tuple[str, ...]]
-    """[NAME=]policy.onnx, as training.run wrote it. Repeat for several; the first is the default. NAME: what callers
-    ask for; left out, the task that the file names."""
-    listen: str = "localhost:50051"
-    """HOST:PORT. Port 0 takes a free one; the line "serving on HOST:PORT" on stdout says which."""
-    insecure: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Allow an address that other machines can reach, without encryption or authentication: anyone there can then ask
-    for motions. For a container whose port is published on the loopback interface, or a network of your own."""
-    intra_op_threads: int = 2
-    """Threads that share one inference."""
-    max_workers: int = 8
-    """Calls answered at the same time."""
-    valid_for_ms: float = 200.0
-    """How long after its answer a controller may still apply an action."""
-    workspace: tuple[float, float, float, float, float, float] | None = None
-    """X0 X1 Y0 Y1 Z0 Z1: a box in the robot's base frame, metres. No motion ends outside; requests need a pose."""
-    grace_s: float = 5.0
-    """On SIGTERM, how long calls in flight may take to finish."""
-    metrics_port: int | None = None
-    """Serve Prometheus metrics on this port of the loopback interface."""
-
-    def __post_init__(self) -> None:
-        for name, low in (("intra_op_threads", 1), ("max_workers", 1), ("valid_for_ms", 0), ("grace_s", 0)):
-            if not low <= getattr(self, name) < math.inf:
-                raise StartupError(f"{name} must be finite and at least {low}, got {getattr(self, name)}")
-        if not self.policy:
-            raise StartupError("no policy: give --policy policy.onnx")
-
-    @property
-    def box(self) -> Workspace | None:
-        if self.workspace is None:
-            return None
-        try:
-            return Workspace(low=self.workspace[::2], high=self.workspace[1::2])
-        except ValueError as error:
-            raise StartupError(f"--workspace X0 X1 Y0 Y1 Z0 Z1: {error}") from error
 
 
 class Server:
@@ -97,49 +59,82 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        sys.setswitchinterval(SWITCH_S)
         self.registry, self.metrics, self.health = Registry(), Metrics(), health.HealthServicer()
+        self.stopping = threading.Event()
+        """Set when it is time to `stop`."""
         self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
-        pool = _Workers(config.max_workers)
+        self.library = Library(
+            self.registry, self.metrics, config.policy, config.policies, config.intra_op_threads, config.bounds
+        )
+        self.gate = Gate(config.tokens)
+        self.dispatcher = Dispatcher(config.concurrency, config.queue, config.max_batch)
+        self.sessions = Sessions(config.max_episodes, config.episode_idle_s)
+        self.recorder: Recorder | None = None
+        pool = _Workers(max(THREADS, 2 * (config.concurrency + config.queue)))
+        self.answering = Answering(
+            self.metrics, self.gate, OpenTelemetry() if config.trace else Tracer(), pool.queued_s
+        )
         self._grpc = grpc.server(
             pool,
+            interceptors=[Doorman(self.gate, self.answering.refuse)] if config.tokens else [],
             options=[
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+                ("grpc.max_metadata_size", MAX_METADATA_BYTES),
                 ("grpc.so_reuseport", 0),  # or two servers could share a port and answer in turns
             ],
-            maximum_concurrent_rpcs=config.max_workers * (1 + QUEUE_PER_WORKER),
+            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
         )
         servicer = PolicyServicer(
             self.registry,
-            self.metrics,
-            valid_for_us=round(config.valid_for_ms * 1000),
-            workspace=config.box,
-            queued_s=pool.queued_s,
+            self.answering,
+            self.dispatcher,
+            self.sessions,
+            FrameWatch(config.frame_rules),
+            limits=config.bounds,
+            valid_for_s=config.valid_for_ms / 1e3,
+            recorder=lambda: self.recorder,
         )
         pb_grpc.add_PolicyServiceServicer_to_server(servicer, self._grpc)
-        pb_grpc.add_PolicyAdminServicer_to_server(PolicyAdminServicer(), self._grpc)
+        admin = PolicyAdminServicer(self.library, self.answering, self.stopping.set)
+        pb_grpc.add_PolicyAdminServicer_to_server(admin, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
         self.address = _bind(self._grpc, config)
+        self._watch()
+        if config.record:
+            mib = 2**20
+            self.recorder = Recorder(
+                config.record, config.record_file_mib * mib, config.record_total_mib * mib,
+                lambda: [p.info() for p in self.registry],
+            )  # fmt: skip
         if config.metrics_port is not None:
             self.metrics_port = self.metrics.expose(config.metrics_port)
         self._grpc.start()
 
     def load(self) -> None:
         """Load, prove and warm up every policy, then go live with all of them."""
-        policies = [_proved(argument, self.config.intra_op_threads) for argument in self.config.policy]
-        identities = [(policy.name, policy.version) for policy in policies]
-        for policy in policies:
-            if identities.count((policy.name, policy.version)) > 1:
-                raise StartupError(
-                    f"policy {policy.name} {policy.version} is given twice; name them apart: A={policy.file}"
-                )
-        self.registry.publish(policies)
+        self.library.open(self.config.default_policy)
         self._report(health_pb2.HealthCheckResponse.SERVING)
+
+    def refresh(self) -> None:
+        """Look at policies and tokens again; what does not fit changes nothing."""
+        try:
+            self.gate.reload()
+        except StartupError as error:
+            log.error("tokens: the ones before stay: %s", error)
+        self.library.refresh()
+        if not self.answering.draining:
+            self._report(health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self) -> None:
         """Report NOT_SERVING, refuse what comes, and return when calls in flight have finished or the grace is over."""
+        self.answering.draining = True
         self.health.enter_graceful_shutdown()
         self._grpc.stop(self.config.grace_s).wait()
+        if self.recorder is not None:
+            self.recorder.close()
+            self.recorder = None
 
     def __enter__(self) -> "Server":
         return self
@@ -148,8 +143,18 @@ class Server:
         self.stop()
 
     def _report(self, status: int) -> None:
-        for service in ("", *SERVICES):  # "" is the whole server
+        """ "" is the whole server; a policy goes by its name."""
+        for service in ("", *SERVICES, *(p.name for p in self.registry)):
             self.health.set(service, status)
+
+    def _watch(self) -> None:
+        watch = self.metrics.watch
+        watch("running", "Inferences under way.", lambda: self.dispatcher.running)
+        watch("waiting", "Calls that wait for the model.", lambda: self.dispatcher.waiting)
+        watch("expired_total", "Calls that left the line unanswered.", lambda: self.dispatcher.expired)
+        watch("open_episodes", "Episodes under way.", lambda: len(self.sessions))
+        for name, text in (("recorded", "Messages recorded."), ("dropped", "Messages that could not be recorded.")):
+            watch(f"flight_{name}_total", text, lambda name=name: getattr(self.recorder, name, 0))  # type: ignore[misc]
 
 
 class _Workers(ThreadPoolExecutor):
@@ -177,15 +182,19 @@ def _bind(server: grpc.Server, config: Config) -> str:
     host, _, port = config.listen.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise StartupError(f"--listen must be HOST:PORT, for example localhost:50051, got {config.listen!r}")
-    if not _is_loopback(host) and not config.insecure:
+    if not _is_loopback(host) and not config.insecure and not config.tls_cert:
         raise StartupError(
-            f"--listen {config.listen} can be reached from other machines, and this server has no TLS yet: "
-            "listen on localhost, or say --insecure if the network is yours"
+            f"--listen {config.listen} can be reached from other machines, and is not encrypted: give --tls-cert and "
+            "--tls-key, listen on localhost, or say --insecure if the network is yours"
         )
     # grpc is content when one of the addresses of "localhost" can be bound; a port that is half taken must not pass.
     address = f"127.0.0.1:{port}" if host == "localhost" else config.listen
     try:
-        bound = server.add_insecure_port(address)
+        if config.tls_cert and config.tls_key:
+            certificates = Certificates(config.tls_cert, config.tls_key, config.tls_client_ca)
+            bound = server.add_secure_port(address, certificates.credentials())
+        else:
+            bound = server.add_insecure_port(address)
     except RuntimeError as error:
         raise StartupError(
             f"cannot listen on {config.listen}: is the port in use, or the address not this machine's? "
@@ -201,42 +210,50 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _proved(argument: str, intra_op_threads: int) -> Policy:
-    named = re.fullmatch(r"([\w.-]+)=(.+)", argument)  # a name has no slash, a path may have "="
-    name, path = named.groups() if named else ("", argument)
-    policy = prove(load(Path(path), name, intra_op_threads=intra_op_threads))
-    log.info("policy %s %s: %s", policy.name, policy.version, policy.file)
-    for proof in policy.proofs:
-        log.info("  proof %s: %.3g, bound %.3g (%s)", proof.name, proof.measured, proof.bound, proof.detail)
-    golden = policy.manifest.golden
-    for _ in range(WARM_UP_CALLS):
-        start = time.perf_counter()
-        policy.act(Observation(golden.depth[0], float(golden.gripper[0])))
-    log.info("  warm: %.2f ms an action", (time.perf_counter() - start) * 1e3)
-    return policy
+def check(config: Config) -> str:
+    """What would be served. Raises what a start would raise, the port apart."""
+    library = Library(Registry(), Metrics(), config.policy, config.policies, config.intra_op_threads, config.bounds)
+    library.open(config.default_policy)
+    if config.tls_cert and config.tls_key:
+        Certificates(config.tls_cert, config.tls_key, config.tls_client_ca)
+    Gate(config.tokens)
+    served = ", ".join(f"{p.name} {p.version}" for p in library.registry)
+    return f"the configuration is good; it serves {served}, by default {library.registry.default}"
 
 
 def serve(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT."""
-    stopping = threading.Event()
-
-    def stop(signum: int, _frame: object) -> None:
-        signal.signal(signum, signal.SIG_DFL)  # a second signal does not wait
-        stopping.set()
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, stop)
+    """Serve until SIGTERM, SIGINT or PolicyAdmin.Drain."""
     with Server(config) as server:
+        refresh = threading.Event()
+
+        def stop(signum: int, _frame: object) -> None:
+            signal.signal(signum, signal.SIG_DFL)  # a second signal does not wait
+            server.stopping.set()
+
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, stop)
+        signal.signal(signal.SIGHUP, lambda *_: refresh.set())
         server.load()
         print(f"serving on {server.address}", flush=True)
-        stopping.wait()
+        threading.Thread(target=_refresh_when, args=(refresh, server), daemon=True).start()
+        server.stopping.wait()
         log.info("draining: no new calls, %g s for those in flight", config.grace_s)
 
 
+def _refresh_when(asked: threading.Event, server: Server) -> None:
+    while asked.wait():
+        asked.clear()
+        server.refresh()
+
+
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        serve(tyro.cli(Config, prog="python -m serving.server"))
+        config = parse()
+        logs.configure(config.log_format)
+        if config.check_config:
+            print(check(config))
+        else:
+            serve(config)
     except (PolicyRefused, StartupError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,42 +1,45 @@
-"""The wire: message -> validated -> inferred -> limited -> message, and every refusal as one gRPC status.
+"""The wire: message -> validated -> inferred -> limited -> message. What can go wrong there: serving.answering."""
 
-Until episodes exist, a request that carries `episode_id` or `step` is refused: to answer it would promise ordering and
-idempotent retries that nobody keeps. Sampling is refused for a like reason: the graph gives the squashed mode and a
-scale, and the exact draw (how the squash and the gripper's likelihood act) is known to the training code alone.
-"""
-
-import logging
-import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import grpc
+import numpy as np
+from google.rpc import code_pb2
+from numpy.typing import NDArray
 
 from protos.codec import pack_action, unpack_observation, unpack_pose
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from protos.errors import Rejected, Status
-from serving import envelope
-from serving.envelope import Decision, Workspace
-from serving.errors import PolicyFault
-from serving.metrics import Metrics, Phases
+from protos.spaces import Observation, PolicySpec, Pose
+from serving.answering import Answering, Call
+from serving.dispatcher import Dispatcher
+from serving.envelope import Decision, Envelope, Limits
+from serving.frames import FrameWatch
 from serving.policy import Policy, Proposal
+from serving.recorder import Recorder
 from serving.registry import Registry
+from serving.sampling import sample
+from serving.sessions import Episode, Sessions
 
-log = logging.getLogger(__name__)
-
-Method = Callable[[Any, Any, grpc.ServicerContext], None]
+MAX_BATCH_ITEMS = 256
 
 
-def _later(reason: str) -> Method:
-    """A method that the contract declares and that this server does not have yet."""
+@dataclass(frozen=True)
+class _Task:
+    """A request that was found good: what to ask of which policy, within which limits."""
 
-    def refuse(self: Any, request: Any, context: grpc.ServicerContext) -> None:
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, reason)
-
-    return refuse
+    policy: Policy
+    envelope: Envelope
+    observation: Observation
+    pose: Pose | None
+    age_s: float
+    warnings: Sequence[str]
+    rng: np.random.Generator | None
+    """Where to draw from, or None for the greedy action."""
+    previous: NDArray[np.float32] | None = None
 
 
 class PolicyServicer(pb_grpc.PolicyServiceServicer):
@@ -45,37 +48,89 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
     def __init__(
         self,
         registry: Registry,
-        metrics: Metrics,
+        answering: Answering,
+        dispatcher: Dispatcher,
+        sessions: Sessions,
+        frames: FrameWatch,
         *,
-        valid_for_us: int,
-        workspace: Workspace | None = None,
-        queued_s: Callable[[], float] = lambda: 0.0,
+        limits: Limits,
+        valid_for_s: float,
+        recorder: Callable[[], Recorder | None],
     ) -> None:
-        self.registry, self.metrics = registry, metrics
-        self.valid_for_us, self.workspace, self.queued_s = valid_for_us, workspace, queued_s
+        self._registry, self._answering, self._metrics = registry, answering, answering.metrics
+        self._dispatcher, self._sessions, self._frames = dispatcher, sessions, frames
+        self._limits, self._valid_for_s, self._recorder = limits, valid_for_s, recorder
+        self._envelopes: dict[str, Envelope] = {}
 
     def GetAction(self, request: pb.GetActionRequest, context: grpc.ServicerContext) -> pb.GetActionResponse:
-        with self._answering("GetAction", context) as phases:
-            _require_known_options(request)
-            policy = self.registry.resolve(request.policy, request.version)
-            _require_contract(request.contract_digest, policy)
-            with phases.timed("decode"):
-                if not request.HasField("observation"):
-                    raise Rejected("observation", "an observation", "none")
-                observation = unpack_observation(request.observation, policy.spec.observation)
-                pose = unpack_pose(request.observation)
-            with phases.timed("inference"):
-                proposal = policy.act(observation)
-            with phases.timed("safety"):
-                decision = envelope.limit(proposal.action, policy.spec.action, pose, self.workspace)
-            with phases.timed("encode"):
-                response = self._pack(policy, proposal, decision)
-            response.timing.CopyFrom(_timing(phases))
+        with self._answering("GetAction", context) as call:
+            call.phases.seconds["queue"] = call.pool_s
+            if request.episode_id:
+                episode = self._sessions.get(request.episode_id)
+                episode.require_pinned(request)
+                return episode.step(request, call.patience_s, lambda before: self._act(request, call, episode, before))
+            if request.step:
+                raise Rejected("step", "0 outside an episode", str(request.step), "call StartEpisode first")
+            return self._act(request, call)
+
+    def GetActionBatch(
+        self, request: pb.GetActionBatchRequest, context: grpc.ServicerContext
+    ) -> pb.GetActionBatchResponse:
+        with self._answering("GetActionBatch", context) as call:
+            if not 1 <= len(request.requests) <= MAX_BATCH_ITEMS:
+                raise Rejected("requests", f"1 to {MAX_BATCH_ITEMS} items", str(len(request.requests)))
+            items = [pb.GetActionBatchResponse.Item() for _ in request.requests]
+            tasks: dict[Policy, list[tuple[int, _Task]]] = {}
+            for i, one in enumerate(request.requests):
+                try:
+                    if one.episode_id or one.step:
+                        field = "episode_id" if one.episode_id else "step"
+                        raise Rejected(field, "nothing in a batch", "a value", "an episode acts by GetAction")
+                    task = self._understand(one, call)
+                    tasks.setdefault(task.policy, []).append((i, task))
+                except Rejected as refused:
+                    items[i].status.CopyFrom(_item_status(refused))
+            for policy, group in tasks.items():
+                turn = self._dispatcher.act(policy, [task.observation for _, task in group], call.caller(math.inf))
+                for (i, task), proposal in zip(group, turn.proposals, strict=True):
+                    try:
+                        items[i].response.CopyFrom(self._respond(task, proposal, call))
+                    except Rejected as refused:
+                        items[i].status.CopyFrom(_item_status(refused))
+            return pb.GetActionBatchResponse(items=items)
+
+    def StartEpisode(self, request: pb.StartEpisodeRequest, context: grpc.ServicerContext) -> pb.StartEpisodeResponse:
+        with self._answering("StartEpisode", context) as call:
+            policy = self._registry.resolve(request.policy, request.version)
+            spec = policy.spec
+            if request.contract:
+                PolicySpec.from_json(request.contract).require_same(spec, f"policy {policy.name} {policy.version}")
+            _require_mode(request.mode)
+            limits = self._limits.tightened(self._limits.fields, spec.action, refuse_wider=False)
+            envelope = Envelope(spec, limits.tightened(request.limits, spec.action))
+            episode = self._sessions.start(policy, envelope, request.mode, request.seed)
+            in_force = envelope.limits.in_force(spec.action)
+            response = pb.StartEpisodeResponse(
+                episode_id=episode.id,
+                policy=policy.name,
+                version=policy.version,
+                contract_digest=spec.digest,
+                limits={name: value for name, value in in_force.items() if math.isfinite(value)},
+            )
+            self._record(pb.FlightStart(client=call.client, request=request, response=response))
+            return response
+
+    def EndEpisode(self, request: pb.EndEpisodeRequest, context: grpc.ServicerContext) -> pb.EndEpisodeResponse:
+        with self._answering("EndEpisode", context) as call:
+            if request.outcome not in pb.EndEpisodeRequest.Outcome.values():
+                raise Rejected("outcome", "an Outcome", str(request.outcome))
+            response = pb.EndEpisodeResponse(steps=self._sessions.end(request.episode_id).steps)
+            self._record(pb.FlightEnd(client=call.client, request=request, response=response))
             return response
 
     def ListPolicies(self, request: pb.ListPoliciesRequest, context: grpc.ServicerContext) -> pb.ListPoliciesResponse:
         with self._answering("ListPolicies", context):
-            default = self.registry.resolve("", "")
+            default = self._registry.resolve("", "")
             return pb.ListPoliciesResponse(
                 policies=[
                     pb.ListPoliciesResponse.Entry(
@@ -85,115 +140,163 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
                         task=p.manifest.task,
                         is_default=p is default,
                     )
-                    for p in self.registry
+                    for p in self._registry
                 ]
             )
 
     def GetPolicy(self, request: pb.GetPolicyRequest, context: grpc.ServicerContext) -> pb.GetPolicyResponse:
         with self._answering("GetPolicy", context):
-            return pb.GetPolicyResponse(policy=_info(self.registry.resolve(request.name, request.version, "name")))
+            return pb.GetPolicyResponse(policy=self._registry.resolve(request.name, request.version, "name").info())
 
-    GetActionBatch = _later("GetActionBatch: this server answers single observations only; call GetAction")
-    StartEpisode = _later("StartEpisode: this server has no episodes yet; GetAction needs none")
-    EndEpisode = _later("EndEpisode: this server has no episodes yet")
+    def GetStats(self, request: pb.GetStatsRequest, context: grpc.ServicerContext) -> pb.GetStatsResponse:
+        with self._answering("GetStats", context):
+            recorder, stats = self._recorder(), pb.GetStatsResponse
+            return stats(
+                uptime_s=self._metrics.uptime_s,
+                calls=[stats.Calls(method=m, code=c, count=n) for (m, c), n in self._metrics.call_counts().items()],
+                latencies=[
+                    stats.Latency(phase=phase, p50_ms=p50, p95_ms=p95, p99_ms=p99, max_ms=longest, samples=samples)
+                    for phase, (p50, p95, p99, longest, samples) in self._metrics.quantiles_ms().items()
+                ],
+                interventions=[
+                    stats.Rule(field=f, rule=r, count=n) for (f, r), n in self._metrics.intervention_counts().items()
+                ],
+                running=self._dispatcher.running,
+                waiting=self._dispatcher.waiting,
+                open_episodes=len(self._sessions),
+                recorded=recorder.recorded if recorder else 0,
+                dropped=recorder.dropped if recorder else 0,
+                expired=self._dispatcher.expired,
+            )
 
-    @contextmanager
-    def _answering(self, method: str, context: grpc.ServicerContext) -> Iterator[Phases]:
-        """Turn what goes wrong into one gRPC status, and count the call under it. No traceback leaves the server."""
-        start, phases, refusal = time.perf_counter(), Phases(), None
-        phases.seconds["queue"] = self.queued_s()
+    def _act(
+        self,
+        request: pb.GetActionRequest,
+        call: Call,
+        episode: Episode | None = None,
+        previous: NDArray[np.float32] | None = None,
+    ) -> pb.GetActionResponse:
+        """One observation's way through the server."""
+        phases = call.phases
+        with phases.timed("decode"):
+            task = self._understand(request, call, episode, previous)
+        left_s = self._valid_for_s - task.age_s
         try:
-            yield phases
-        except Rejected as rejected:
-            refusal = grpc.StatusCode[rejected.status.value], str(rejected)
-        except PolicyFault as fault:
-            log.error("%s: %s", method, fault)
-            refusal = grpc.StatusCode.INTERNAL, str(fault)
-        except Exception:
-            request_id = uuid.uuid4().hex[:12]
-            log.exception("%s: request %s failed", method, request_id)
-            refusal = grpc.StatusCode.INTERNAL, f"internal error; the server's log has it under request {request_id}"
-        seconds = phases.seconds["queue"] + time.perf_counter() - start
-        self.metrics.record(method, refusal[0].name if refusal else "OK", seconds, phases)
-        if refusal:
-            context.abort(*refusal)
+            turn = self._dispatcher.act(task.policy, [task.observation], call.caller(left_s - call.elapsed_s))
+        except Rejected as refused:
+            if refused.status is Status.DEADLINE_EXCEEDED and call.elapsed_s >= left_s:
+                raise self._stale(task.age_s + call.elapsed_s) from refused
+            raise
+        phases.seconds["queue"] += turn.queue_s
+        phases.seconds["inference"] = turn.inference_s
+        response = self._respond(task, turn.proposals[0], call)
+        self._record(
+            pb.FlightAction(request_id=call.request_id, client=call.client, request=request, response=response)
+        )
+        return response
 
-    def _pack(self, policy: Policy, proposal: Proposal, decision: Decision) -> pb.GetActionResponse:
-        spec = policy.spec
-        return pb.GetActionResponse(
-            action=pack_action(decision.action, spec.action),
-            raw_action=pack_action(proposal.action, spec.action),
-            std=pack_action(proposal.std, spec.action),
-            value=proposal.value,
-            interventions=[
-                pb.Intervention(field=i.field, rule=i.rule, before=i.before, after=i.after, limit=i.limit)
-                for i in decision.interventions
-            ],
-            policy=policy.name,
-            version=policy.version,
-            contract_digest=spec.digest,
-            valid_for_us=self.valid_for_us,
+    def _understand(
+        self,
+        request: pb.GetActionRequest,
+        call: Call,
+        episode: Episode | None = None,
+        previous: NDArray[np.float32] | None = None,
+    ) -> _Task:
+        """Everything that can be refused before the model is asked."""
+        policy = episode.policy if episode else self._registry.resolve(request.policy, request.version)
+        _require_contract(request.contract_digest, policy)
+        _require_mode(request.mode)
+        if not request.HasField("observation"):
+            raise Rejected("observation", "an observation", "none")
+        observation = unpack_observation(request.observation, policy.spec.observation)
+        age_s = request.observation.age_us / 1e6
+        if age_s + call.elapsed_s >= self._valid_for_s:
+            raise self._stale(age_s + call.elapsed_s)
+        source = episode.id if episode else call.client
+        warnings = self._frames.check(source, request.observation.depth, observation)
+        if warnings:
+            self._metrics.warned()
+        mode, seed = (episode.mode, (episode.seed, request.step)) if episode else (request.mode, request.seed)
+        return _Task(
+            policy,
+            episode.envelope if episode else self._envelope(policy),
+            observation,
+            unpack_pose(request.observation),
+            age_s,
+            warnings,
+            np.random.default_rng(seed) if mode == pb.MODE_SAMPLE else None,
+            previous,
         )
 
+    def _respond(self, task: _Task, proposal: Proposal, call: Call) -> pb.GetActionResponse:
+        """From what the policy said to what may be executed."""
+        spec = task.policy.spec.action
+        with call.phases.timed("safety"):
+            proposed, sound = proposal.action, proposal.sound
+            if task.rng is not None and sound:
+                proposed = sample(proposed, proposal.std, spec, task.rng)
+            decision = task.envelope.decide(
+                proposed, sound=sound, gripper=task.observation.gripper, pose=task.pose, previous=task.previous
+            )
+            self._count(decision, task.policy)
+        with call.phases.timed("encode"):
+            response = pb.GetActionResponse(
+                action=pack_action(decision.action, spec),
+                raw_action=pack_action(proposed, spec),
+                std=pack_action(proposal.std, spec),
+                value=proposal.value,
+                interventions=[
+                    pb.Intervention(field=i.field, rule=i.rule, before=i.before, after=i.after, limit=i.limit)
+                    for i in decision.interventions
+                ],
+                policy=task.policy.name,
+                version=task.policy.version,
+                contract_digest=task.policy.spec.digest,
+                valid_for_us=round((self._valid_for_s - task.age_s) * 1e6),
+                hold=decision.hold,
+                warnings=task.warnings,
+                request_id=call.request_id,
+            )
+        phases = call.phases
+        response.timing.decode_us, response.timing.queue_us = phases.us("decode"), phases.us("queue")
+        response.timing.inference_us, response.timing.safety_us = phases.us("inference"), phases.us("safety")
+        response.timing.encode_us = phases.us("encode")
+        return response
 
-class PolicyAdminServicer(pb_grpc.PolicyAdminServicer):
-    """Operating: declared, not yet built."""
+    def _count(self, decision: Decision, policy: Policy) -> None:
+        for change in decision.interventions:
+            self._metrics.intervened(change.field, change.rule)
+        if decision.hold:
+            self._metrics.held(policy.name)
 
-    LoadPolicy = _later("LoadPolicy: policies are chosen at start, with --policy")
-    UnloadPolicy = _later("UnloadPolicy: policies are chosen at start, with --policy")
-    SetDefaultPolicy = _later("SetDefaultPolicy: the first --policy at start is the default")
-    Drain = _later("Drain: send the server process SIGTERM")
+    def _envelope(self, policy: Policy) -> Envelope:
+        digest = policy.spec.digest
+        if digest not in self._envelopes:
+            self._envelopes[digest] = Envelope(policy.spec, self._limits)
+        return self._envelopes[digest]
+
+    def _record(self, message: pb.FlightAction | pb.FlightStart | pb.FlightEnd) -> None:
+        recorder = self._recorder()
+        if recorder is not None:
+            recorder.put(message)
+
+    def _stale(self, age_s: float) -> Rejected:
+        expected = f"a frame younger than {self._valid_for_s * 1e3:g} ms when it is acted on"
+        got = f"one of {age_s * 1e3:.0f} ms"
+        return Rejected("observation.age_us", expected, got, "send a newer frame", Status.OUT_OF_RANGE)
 
 
-def _require_known_options(request: pb.GetActionRequest) -> None:
-    """Refuse what this server would otherwise silently ignore."""
-    if request.episode_id or request.step:
-        field = "episode_id" if request.episode_id else "step"
-        remedy = "leave episode_id and step empty: this server has no episodes yet"
-        raise Rejected(field, "nothing", "a value", remedy, Status.UNIMPLEMENTED)
-    if request.mode == pb.MODE_SAMPLE:
-        raise Rejected("mode", "MODE_GREEDY", "MODE_SAMPLE", "sampling is not built yet", Status.UNIMPLEMENTED)
-    if request.mode not in pb.Mode.values():
-        raise Rejected("mode", "MODE_GREEDY", str(request.mode))
+def _require_mode(mode: int) -> None:
+    if mode not in pb.Mode.values():
+        raise Rejected("mode", ", ".join(pb.Mode.keys()), str(mode))
 
 
 def _require_contract(digest: str, policy: Policy) -> None:
     if digest and digest != policy.spec.digest:
         remedy = f"GetPolicy returns the contract of {policy.name} {policy.version}; compare it with yours"
-        got = repr(digest[:64])
+        got = ascii(digest[:64])
         raise Rejected("contract_digest", policy.spec.digest, got, remedy, Status.FAILED_PRECONDITION)
 
 
-def _timing(phases: Phases) -> pb.Timing:
-    return pb.Timing(
-        decode_us=phases.us("decode"),
-        queue_us=phases.us("queue"),
-        inference_us=phases.us("inference"),
-        safety_us=phases.us("safety"),
-        encode_us=phases.us("encode"),
-    )
-
-
-def _info(policy: Policy) -> pb.PolicyInfo:
-    m = policy.manifest
-    return pb.PolicyInfo(
-        name=policy.name,
-        version=policy.version,
-        sha256=policy.sha256,
-        contract=m.spec.to_json(),
-        contract_digest=m.spec.digest,
-        task=m.task,
-        algorithm=m.algorithm,
-        equivariance=m.equivariance,
-        group=m.group,
-        seed=m.seed,
-        dataset_id=m.dataset_id,
-        dataset_sha256=m.dataset_sha256,
-        code_version=m.code_version,
-        proofs=[
-            pb.PolicyInfo.Proof(name=p.name, measured=p.measured, bound=p.bound, detail=p.detail) for p in policy.proofs
-        ],
-        equivariance_error_90=m.equivariance_error_90,
-        equivariance_error_45=m.equivariance_error_45,
-        has_value=policy.has_value,
-    )
+def _item_status(refused: Rejected) -> pb.ItemStatus:
+    return pb.ItemStatus(code=code_pb2.Code.Value(refused.status.value), message=str(refused))

@@ -13,7 +13,8 @@ import numpy as np
 
 from protos.spaces import ACTION, OBSERVATION, Observation, PolicySpec
 from serving.client import PolicyClient
-from serving.server import Config, Server
+from serving.config import Config
+from serving.server import Server
 from tests.makers import tiny_policy_file
 
 CALLS = 1000

@@ -10,7 +10,7 @@ import pytest
 import tyro
 import yaml
 
-from serving.server import Config
+from serving.config import Config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCKERFILE = REPOSITORY / "deploy" / "server.Dockerfile"

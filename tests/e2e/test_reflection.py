@@ -7,7 +7,8 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from serving.server import Config, Server
+from serving.config import Config
+from serving.server import Server
 from tests.makers import scene, tiny_policy_file
 
 

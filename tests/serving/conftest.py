@@ -11,9 +11,10 @@ import grpc
 import pytest
 
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
+from serving.config import Config
 from serving.policy import Policy, load
 from serving.proofs import prove
-from serving.server import Config, Server
+from serving.server import Server
 from tests.makers import tiny_policy_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]

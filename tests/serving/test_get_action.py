@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -11,11 +12,11 @@ import pytest
 from protos.codec import pack_observation, unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.spaces import ACTION, Pose
-from serving.server import QUEUE_PER_WORKER
 from tests.makers import far_scene, scene, small_spec, tiny_policy_file
 
 FLOAT32, MILLIMETRES, UINT16 = pb.Observation.FLOAT32_METERS, pb.Observation.UINT16_MILLIMETERS, pb.Observation.UINT16
 SIZE = small_spec().observation.height
+QUEUE = 4
 
 
 def request(**changed):
@@ -95,9 +96,37 @@ MALFORMED = {
     "a long policy": (request(policy="x" * 10_000), "NOT_FOUND", "policy"),
     "unknown version": (request(version="0" * 12), "NOT_FOUND", "version"),
     "another contract": (request(contract_digest="0" * 64), "FAILED_PRECONDITION", "contract_digest"),
-    "an episode": (request(episode_id="e1"), "UNIMPLEMENTED", "episode_id"),
-    "a step": (request(step=3), "UNIMPLEMENTED", "step"),
-    "sampling": (request(mode=pb.MODE_SAMPLE, seed=1), "UNIMPLEMENTED", "mode"),
+    "negative mode": (request(mode=-1), BAD, "mode"),
+    "an unknown episode": (request(episode_id="e1"), "NOT_FOUND", "episode_id"),
+    "an episode with a control character": (request(episode_id="e1\n{}"), "NOT_FOUND", "episode_id"),
+    "a long episode": (request(episode_id="x" * 10_000, step=3), "NOT_FOUND", "episode_id"),
+    "a step without an episode": (request(step=3), BAD, "step"),
+    "the largest step": (request(step=2**64 - 1), BAD, "step"),
+    "an old frame": (request(observation_age_us=200_000), "OUT_OF_RANGE", "observation.age_us"),
+    "the oldest frame": (request(observation_age_us=2**64 - 1), "OUT_OF_RANGE", "observation.age_us"),
+    "a policy in other letters": (request(policy="TINY"), "NOT_FOUND", "policy"),
+    "a policy with a space": (request(policy=" tiny"), "NOT_FOUND", "policy"),
+    "a policy with a null": (request(policy="tiny\0"), "NOT_FOUND", "policy"),
+    "a policy in another script": (request(policy="\u0442iny"), "NOT_FOUND", "policy"),
+    "half a version": (request(version="0" * 6), "NOT_FOUND", "version"),
+    "a version with a wildcard": (request(version="*"), "NOT_FOUND", "version"),
+    "half a digest": (request(contract_digest=small_spec().digest[:32]), "FAILED_PRECONDITION", "contract_digest"),
+    "a digest in capitals": (
+        request(contract_digest=small_spec().digest.upper()),
+        "FAILED_PRECONDITION",
+        "contract_digest",
+    ),
+    "NaN pose y": (request(observation_pose=pb.Pose(y=np.nan)), BAD, "observation.pose.y"),
+    "minus infinite z": (request(observation_pose=pb.Pose(z=-np.inf)), BAD, "observation.pose.z"),
+    "every pixel NaN": (
+        request(observation_depth=np.full(SIZE * SIZE, np.nan, "<f4").tobytes()),
+        BAD,
+        "observation.depth",
+    ),
+    "last pixel NaN": (request(observation_depth=pixels(np.nan, place=SIZE * SIZE - 1)), BAD, "observation.depth"),
+    "a denormal below zero": (request(observation_depth=pixels(-1e-3)), BAD, "observation.depth"),
+    "the largest float": (request(observation_depth=pixels(3.4e38)), BAD, "observation.depth"),
+    "the largest count": (request(**counts(1e-3, value=65535)), BAD, "observation.depth"),
 }
 
 
@@ -145,6 +174,7 @@ def test_the_answer_says_who_answered_and_for_how_long(running):
     assert (answer.policy, answer.version) == ("tiny", running.policy.version)
     assert answer.contract_digest == small_spec().digest
     assert answer.valid_for_us == 200_000
+    assert running.stub.GetAction(request(observation_age_us=150_000)).valid_for_us == 50_000
     assert answer.timing.inference_us > 0
 
 
@@ -171,7 +201,8 @@ def test_counts_give_the_same_action_to_their_precision(running, encoding):
     )
 
 
-def test_replies_are_never_swapped_between_threads(running, policy):
+def test_replies_are_never_swapped_between_threads(serve, healthy, policy):
+    running = serve(policy=(str(healthy),), concurrency=3, queue=9)
     scenes = [scene(seed, gripper=float(seed % 2)) for seed in range(16)]
     expected = [policy.act(s).action for s in scenes]
     messages = [pb.GetActionRequest(observation=pack_observation(s)) for s in scenes]
@@ -208,12 +239,17 @@ def test_interventions_are_reported_and_nothing_else_changes(serve, tmp_path):
         np.testing.assert_array_equal(intervention.after, action[part])
 
 
-def test_a_nan_of_the_model_is_an_error_and_no_motion(serve, tmp_path):
+@pytest.mark.parametrize("holding", [0.0, 1.0])
+def test_a_nan_of_the_model_means_to_stay(serve, tmp_path, holding):
     running = serve(policy=(str(tiny_policy_file(tmp_path / "p.onnx", breaks=["nan_when_far"])),))
-    with pytest.raises(grpc.RpcError) as refused:
-        running.stub.GetAction(pb.GetActionRequest(observation=pack_observation(far_scene())))
-    assert refused.value.code() is grpc.StatusCode.INTERNAL
-    assert "non-finite action" in refused.value.details()
+    seen = replace(far_scene(), gripper=holding)
+    answer = running.stub.GetAction(pb.GetActionRequest(observation=pack_observation(seen)))
+    assert answer.hold
+    assert (answer.action.dx, answer.action.dy, answer.action.dz, answer.action.dtheta) == (0, 0, 0, 0)
+    assert answer.action.p == 1 - holding
+    assert {i.rule for i in answer.interventions} == {"not_finite"}
+    assert not np.isfinite(unpack_action(answer.raw_action, ACTION)).all()
+    assert not running.stub.GetAction(request()).hold
 
 
 def test_an_unexpected_error_leaves_as_a_number_only(serve, healthy, monkeypatch, caplog):
@@ -246,8 +282,9 @@ def test_workspace_needs_a_pose_and_shortens_the_motion(serve, healthy):
 
 @pytest.fixture
 def held(serve, healthy, monkeypatch):
-    """A server with one worker whose model has been asked and answers only when the event is set."""
-    running, release, asked = serve(policy=(str(healthy),), max_workers=1), threading.Event(), threading.Event()
+    """A server of one inference at a time that has begun and ends only when the event is set."""
+    running = serve(policy=(str(healthy),), concurrency=1, queue=QUEUE + 1, valid_for_ms=60_000)
+    release, asked = threading.Event(), threading.Event()
     session = running.sessions["tiny"]
     run = session.run
 
@@ -272,11 +309,11 @@ def wait_until(condition, timeout_s=5.0):
 
 def test_calls_beyond_the_queue_are_refused_at_once(held):
     running, first, release = held
-    calls = [running.stub.GetAction.future(request()) for _ in range(QUEUE_PER_WORKER + 3)]
+    calls = [running.stub.GetAction.future(request()) for _ in range(QUEUE + 3)]
     wait_until(lambda: sum(call.done() for call in calls) == 3)
     assert {call.code() for call in calls if call.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
     release.set()
-    assert sum(call.exception() is None for call in (first, *calls)) == 1 + QUEUE_PER_WORKER
+    assert sum(call.exception() is None for call in (first, *calls)) == 1 + QUEUE
 
 
 def test_the_model_does_not_think_for_callers_who_left(held):
@@ -289,18 +326,4 @@ def test_the_model_does_not_think_for_callers_who_left(held):
     assert first.result().timing.inference_us > 150_000
     assert patient.result().timing.queue_us > 150_000
     assert running.runs == 2
-
-
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        ("GetActionBatch", pb.GetActionBatchRequest()),
-        ("StartEpisode", pb.StartEpisodeRequest()),
-        ("EndEpisode", pb.EndEpisodeRequest()),
-    ],
-)
-def test_later_methods_say_so(running, method, message):
-    with pytest.raises(grpc.RpcError) as refused:
-        getattr(running.stub, method)(message)
-    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert refused.value.details().startswith(f"{method}: ")
+    assert running.server.dispatcher.expired == 1

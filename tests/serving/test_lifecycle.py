@@ -13,8 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos.codec import pack_observation
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
+from serving.config import Config
 from serving.errors import StartupError
-from serving.server import SERVICES, Config, Server
+from serving.server import SERVICES, Server
 from tests.makers import far_scene, scene, tiny_policy_file
 from tests.serving.conftest import REPOSITORY, address_of
 
@@ -125,7 +126,7 @@ def test_an_address_is_host_and_port(healthy, listen):
     ("changed", "words"),
     [
         ({"policy": ()}, "--policy"),
-        ({"max_workers": 0}, "max_workers"),
+        ({"concurrency": 0}, "concurrency"),
         ({"intra_op_threads": 0}, "intra_op_threads"),
         ({"valid_for_ms": -1.0}, "valid_for_ms"),
         ({"valid_for_ms": float("inf")}, "valid_for_ms"),

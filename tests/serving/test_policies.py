@@ -5,10 +5,10 @@ import pytest
 
 from protos.codec import pack_observation
 from protos.equiserve.v1 import policy_pb2 as pb
-from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from protos.spaces import PolicySpec
+from serving.config import Config
 from serving.errors import StartupError
-from serving.server import Config, Server
+from serving.server import Server
 from tests.makers import scene, small_spec, tiny_policy_file
 
 
@@ -73,12 +73,3 @@ def test_the_same_policy_twice_is_a_mistake(healthy):
         pytest.raises(StartupError, match="given twice"),
     ):
         server.load()
-
-
-@pytest.mark.parametrize("method", ["LoadPolicy", "UnloadPolicy", "SetDefaultPolicy", "Drain"])
-def test_operating_is_declared_and_not_yet_built(running, method):
-    request = getattr(pb, f"{method}Request")()
-    with pytest.raises(grpc.RpcError) as refused:
-        getattr(pb_grpc.PolicyAdminStub(running.channel), method)(request)
-    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert refused.value.details().startswith(f"{method}: ")

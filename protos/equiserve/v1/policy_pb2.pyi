@@ -121,7 +121,7 @@ class GetActionRequest(_message.Message):
     def __init__(self, observation: _Optional[_Union[Observation, _Mapping]] = ..., policy: _Optional[str] = ..., version: _Optional[str] = ..., episode_id: _Optional[str] = ..., step: _Optional[int] = ..., mode: _Optional[_Union[Mode, str]] = ..., seed: _Optional[int] = ..., contract_digest: _Optional[str] = ...) -> None: ...
 
 class GetActionResponse(_message.Message):
-    __slots__ = ("action", "raw_action", "std", "value", "interventions", "policy", "version", "contract_digest", "valid_for_us", "timing")
+    __slots__ = ("action", "raw_action", "std", "value", "interventions", "policy", "version", "contract_digest", "valid_for_us", "timing", "hold", "warnings", "request_id")
     ACTION_FIELD_NUMBER: _ClassVar[int]
     RAW_ACTION_FIELD_NUMBER: _ClassVar[int]
     STD_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +132,9 @@ class GetActionResponse(_message.Message):
     CONTRACT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     VALID_FOR_US_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     action: Action
     raw_action: Action
     std: Action
@@ -142,7 +145,10 @@ class GetActionResponse(_message.Message):
     contract_digest: str
     valid_for_us: int
     timing: Timing
-    def __init__(self, action: _Optional[_Union[Action, _Mapping]] = ..., raw_action: _Optional[_Union[Action, _Mapping]] = ..., std: _Optional[_Union[Action, _Mapping]] = ..., value: _Optional[float] = ..., interventions: _Optional[_Iterable[_Union[Intervention, _Mapping]]] = ..., policy: _Optional[str] = ..., version: _Optional[str] = ..., contract_digest: _Optional[str] = ..., valid_for_us: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    hold: bool
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    request_id: str
+    def __init__(self, action: _Optional[_Union[Action, _Mapping]] = ..., raw_action: _Optional[_Union[Action, _Mapping]] = ..., std: _Optional[_Union[Action, _Mapping]] = ..., value: _Optional[float] = ..., interventions: _Optional[_Iterable[_Union[Intervention, _Mapping]]] = ..., policy: _Optional[str] = ..., version: _Optional[str] = ..., contract_digest: _Optional[str] = ..., valid_for_us: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., hold: _Optional[bool] = ..., warnings: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class GetActionBatchRequest(_message.Message):
     __slots__ = ("requests",)
@@ -195,16 +201,25 @@ class StartEpisodeRequest(_message.Message):
     def __init__(self, policy: _Optional[str] = ..., version: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ..., seed: _Optional[int] = ..., contract: _Optional[str] = ..., limits: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class StartEpisodeResponse(_message.Message):
-    __slots__ = ("episode_id", "policy", "version", "contract_digest")
+    __slots__ = ("episode_id", "policy", "version", "contract_digest", "limits")
+    class LimitsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CONTRACT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
     episode_id: str
     policy: str
     version: str
     contract_digest: str
-    def __init__(self, episode_id: _Optional[str] = ..., policy: _Optional[str] = ..., version: _Optional[str] = ..., contract_digest: _Optional[str] = ...) -> None: ...
+    limits: _containers.ScalarMap[str, float]
+    def __init__(self, episode_id: _Optional[str] = ..., policy: _Optional[str] = ..., version: _Optional[str] = ..., contract_digest: _Optional[str] = ..., limits: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class EndEpisodeRequest(_message.Message):
     __slots__ = ("episode_id", "outcome")
@@ -268,7 +283,7 @@ class GetPolicyResponse(_message.Message):
     def __init__(self, policy: _Optional[_Union[PolicyInfo, _Mapping]] = ...) -> None: ...
 
 class PolicyInfo(_message.Message):
-    __slots__ = ("name", "version", "sha256", "contract", "contract_digest", "task", "algorithm", "equivariance", "group", "seed", "dataset_id", "dataset_sha256", "code_version", "proofs", "equivariance_error_90", "equivariance_error_45", "has_value")
+    __slots__ = ("name", "version", "sha256", "contract", "contract_digest", "task", "algorithm", "equivariance", "group", "seed", "dataset_id", "dataset_sha256", "code_version", "proofs", "equivariance_error_90", "equivariance_error_45", "has_value", "inference_ms")
     class Proof(_message.Message):
         __slots__ = ("name", "measured", "bound", "detail")
         NAME_FIELD_NUMBER: _ClassVar[int]
@@ -297,6 +312,7 @@ class PolicyInfo(_message.Message):
     EQUIVARIANCE_ERROR_90_FIELD_NUMBER: _ClassVar[int]
     EQUIVARIANCE_ERROR_45_FIELD_NUMBER: _ClassVar[int]
     HAS_VALUE_FIELD_NUMBER: _ClassVar[int]
+    INFERENCE_MS_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     sha256: str
@@ -314,7 +330,69 @@ class PolicyInfo(_message.Message):
     equivariance_error_90: float
     equivariance_error_45: float
     has_value: bool
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., sha256: _Optional[str] = ..., contract: _Optional[str] = ..., contract_digest: _Optional[str] = ..., task: _Optional[str] = ..., algorithm: _Optional[str] = ..., equivariance: _Optional[str] = ..., group: _Optional[str] = ..., seed: _Optional[int] = ..., dataset_id: _Optional[str] = ..., dataset_sha256: _Optional[str] = ..., code_version: _Optional[str] = ..., proofs: _Optional[_Iterable[_Union[PolicyInfo.Proof, _Mapping]]] = ..., equivariance_error_90: _Optional[float] = ..., equivariance_error_45: _Optional[float] = ..., has_value: _Optional[bool] = ...) -> None: ...
+    inference_ms: float
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., sha256: _Optional[str] = ..., contract: _Optional[str] = ..., contract_digest: _Optional[str] = ..., task: _Optional[str] = ..., algorithm: _Optional[str] = ..., equivariance: _Optional[str] = ..., group: _Optional[str] = ..., seed: _Optional[int] = ..., dataset_id: _Optional[str] = ..., dataset_sha256: _Optional[str] = ..., code_version: _Optional[str] = ..., proofs: _Optional[_Iterable[_Union[PolicyInfo.Proof, _Mapping]]] = ..., equivariance_error_90: _Optional[float] = ..., equivariance_error_45: _Optional[float] = ..., has_value: _Optional[bool] = ..., inference_ms: _Optional[float] = ...) -> None: ...
+
+class GetStatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatsResponse(_message.Message):
+    __slots__ = ("uptime_s", "calls", "latencies", "interventions", "running", "waiting", "open_episodes", "recorded", "dropped", "expired")
+    class Calls(_message.Message):
+        __slots__ = ("method", "code", "count")
+        METHOD_FIELD_NUMBER: _ClassVar[int]
+        CODE_FIELD_NUMBER: _ClassVar[int]
+        COUNT_FIELD_NUMBER: _ClassVar[int]
+        method: str
+        code: str
+        count: int
+        def __init__(self, method: _Optional[str] = ..., code: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+    class Latency(_message.Message):
+        __slots__ = ("phase", "p50_ms", "p95_ms", "p99_ms", "max_ms", "samples")
+        PHASE_FIELD_NUMBER: _ClassVar[int]
+        P50_MS_FIELD_NUMBER: _ClassVar[int]
+        P95_MS_FIELD_NUMBER: _ClassVar[int]
+        P99_MS_FIELD_NUMBER: _ClassVar[int]
+        MAX_MS_FIELD_NUMBER: _ClassVar[int]
+        SAMPLES_FIELD_NUMBER: _ClassVar[int]
+        phase: str
+        p50_ms: float
+        p95_ms: float
+        p99_ms: float
+        max_ms: float
+        samples: int
+        def __init__(self, phase: _Optional[str] = ..., p50_ms: _Optional[float] = ..., p95_ms: _Optional[float] = ..., p99_ms: _Optional[float] = ..., max_ms: _Optional[float] = ..., samples: _Optional[int] = ...) -> None: ...
+    class Rule(_message.Message):
+        __slots__ = ("field", "rule", "count")
+        FIELD_FIELD_NUMBER: _ClassVar[int]
+        RULE_FIELD_NUMBER: _ClassVar[int]
+        COUNT_FIELD_NUMBER: _ClassVar[int]
+        field: str
+        rule: str
+        count: int
+        def __init__(self, field: _Optional[str] = ..., rule: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    LATENCIES_FIELD_NUMBER: _ClassVar[int]
+    INTERVENTIONS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    OPEN_EPISODES_FIELD_NUMBER: _ClassVar[int]
+    RECORDED_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    EXPIRED_FIELD_NUMBER: _ClassVar[int]
+    uptime_s: float
+    calls: _containers.RepeatedCompositeFieldContainer[GetStatsResponse.Calls]
+    latencies: _containers.RepeatedCompositeFieldContainer[GetStatsResponse.Latency]
+    interventions: _containers.RepeatedCompositeFieldContainer[GetStatsResponse.Rule]
+    running: int
+    waiting: int
+    open_episodes: int
+    recorded: int
+    dropped: int
+    expired: int
+    def __init__(self, uptime_s: _Optional[float] = ..., calls: _Optional[_Iterable[_Union[GetStatsResponse.Calls, _Mapping]]] = ..., latencies: _Optional[_Iterable[_Union[GetStatsResponse.Latency, _Mapping]]] = ..., interventions: _Optional[_Iterable[_Union[GetStatsResponse.Rule, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., open_episodes: _Optional[int] = ..., recorded: _Optional[int] = ..., dropped: _Optional[int] = ..., expired: _Optional[int] = ...) -> None: ...
 
 class LoadPolicyRequest(_message.Message):
     __slots__ = ("name",)
@@ -357,3 +435,41 @@ class DrainRequest(_message.Message):
 class DrainResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class FlightAction(_message.Message):
+    __slots__ = ("request_id", "client", "request", "response")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    client: str
+    request: GetActionRequest
+    response: GetActionResponse
+    def __init__(self, request_id: _Optional[str] = ..., client: _Optional[str] = ..., request: _Optional[_Union[GetActionRequest, _Mapping]] = ..., response: _Optional[_Union[GetActionResponse, _Mapping]] = ...) -> None: ...
+
+class FlightStart(_message.Message):
+    __slots__ = ("client", "request", "response")
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    client: str
+    request: StartEpisodeRequest
+    response: StartEpisodeResponse
+    def __init__(self, client: _Optional[str] = ..., request: _Optional[_Union[StartEpisodeRequest, _Mapping]] = ..., response: _Optional[_Union[StartEpisodeResponse, _Mapping]] = ...) -> None: ...
+
+class FlightEnd(_message.Message):
+    __slots__ = ("client", "request", "response")
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    client: str
+    request: EndEpisodeRequest
+    response: EndEpisodeResponse
+    def __init__(self, client: _Optional[str] = ..., request: _Optional[_Union[EndEpisodeRequest, _Mapping]] = ..., response: _Optional[_Union[EndEpisodeResponse, _Mapping]] = ...) -> None: ...
+
+class FlightPolicy(_message.Message):
+    __slots__ = ("policy",)
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    policy: PolicyInfo
+    def __init__(self, policy: _Optional[_Union[PolicyInfo, _Mapping]] = ...) -> None: ...

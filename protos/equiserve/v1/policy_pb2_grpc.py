@@ -65,6 +65,11 @@ class PolicyServiceStub:
                 request_serializer=protos_dot_equiserve_dot_v1_dot_policy__pb2.GetPolicyRequest.SerializeToString,
                 response_deserializer=protos_dot_equiserve_dot_v1_dot_policy__pb2.GetPolicyResponse.FromString,
                 _registered_method=True)
+        self.GetStats = channel.unary_unary(
+                '/equiserve.v1.PolicyService/GetStats',
+                request_serializer=protos_dot_equiserve_dot_v1_dot_policy__pb2.GetStatsRequest.SerializeToString,
+                response_deserializer=protos_dot_equiserve_dot_v1_dot_policy__pb2.GetStatsResponse.FromString,
+                _registered_method=True)
 
 
 class PolicyServiceServicer:
@@ -113,6 +118,13 @@ class PolicyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStats(self, request, context):
+        """What this server did and how long it took, for people; Prometheus has the same and more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PolicyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +157,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.GetPolicy,
                     request_deserializer=protos_dot_equiserve_dot_v1_dot_policy__pb2.GetPolicyRequest.FromString,
                     response_serializer=protos_dot_equiserve_dot_v1_dot_policy__pb2.GetPolicyResponse.SerializeToString,
+            ),
+            'GetStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStats,
+                    request_deserializer=protos_dot_equiserve_dot_v1_dot_policy__pb2.GetStatsRequest.FromString,
+                    response_serializer=protos_dot_equiserve_dot_v1_dot_policy__pb2.GetStatsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -320,9 +337,36 @@ class PolicyService:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def GetStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/equiserve.v1.PolicyService/GetStats',
+            protos_dot_equiserve_dot_v1_dot_policy__pb2.GetStatsRequest.SerializeToString,
+            protos_dot_equiserve_dot_v1_dot_policy__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class PolicyAdminStub:
-    """Operating. Another role than acting, so another service: it can be firewalled or authorised apart.
+    """Operating. Another role than acting, so another service: it needs a bearer token with the role "admin".
     """
 
     def __init__(self, channel):
@@ -354,7 +398,7 @@ class PolicyAdminStub:
 
 
 class PolicyAdminServicer:
-    """Operating. Another role than acting, so another service: it can be firewalled or authorised apart.
+    """Operating. Another role than acting, so another service: it needs a bearer token with the role "admin".
     """
 
     def LoadPolicy(self, request, context):
@@ -414,7 +458,7 @@ def add_PolicyAdminServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PolicyAdmin:
-    """Operating. Another role than acting, so another service: it can be firewalled or authorised apart.
+    """Operating. Another role than acting, so another service: it needs a bearer token with the role "admin".
     """
 
     @staticmethod

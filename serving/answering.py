@@ -1,0 +1,131 @@
+"""One call from its arrival to its status: who asks, how long he waits, and every refusal as one gRPC status."""
+
+import itertools
+import logging
+import math
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from protos.errors import Rejected, Status
+from serving.dispatcher import Caller
+from serving.logs import Throttle
+from serving.metrics import Metrics, Phases
+from serving.security import Gate
+from serving.tracing import Tracer
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "equiserve"
+REQUEST_ID = "x-request-id"
+SAFE_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+TOLD = 400
+"""Characters of a refusal's parts: what came may be long, and headers may not."""
+
+
+class Call:
+    """One call on its way."""
+
+    def __init__(self, context: grpc.ServicerContext, client: str, request_id: str, queued_s: float) -> None:
+        self.client, self.request_id, self.phases = client, request_id, Phases()
+        self.arrived = time.perf_counter() - queued_s
+        self.pool_s = queued_s
+        remaining = context.time_remaining()
+        self.expires_at = math.inf if remaining is None else time.monotonic() + remaining
+        self._context = context
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since it arrived, its time in the queue of threads included."""
+        return time.perf_counter() - self.arrived
+
+    @property
+    def patience_s(self) -> float:
+        return max(0.0, min(self.expires_at - time.monotonic(), threading.TIMEOUT_MAX))
+
+    def caller(self, within_s: float) -> Caller:
+        """Who waits for the model: until his deadline, and no longer than `within_s`."""
+        return Caller(self.client, min(self.expires_at, time.monotonic() + within_s), self._context.is_active)
+
+
+class Answering:
+    """What all methods share: identity, counting, and refusals that name the field, what was expected and what came."""
+
+    def __init__(
+        self, metrics: Metrics, gate: Gate, tracer: Tracer, queued_s: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        self.metrics, self._gate, self._tracer, self._queued_s = metrics, gate, tracer, queued_s
+        self.draining = False
+        self._prefix, self._count = uuid.uuid4().hex[:8], itertools.count(1)
+        self._throttle = Throttle()
+
+    @contextmanager
+    def __call__(self, method: str, context: grpc.ServicerContext) -> Iterator[Call]:
+        """Turn what goes wrong into one gRPC status, and count the call under it. No traceback leaves the server."""
+        metadata = context.invocation_metadata()
+        service = "PolicyAdmin" if method in ADMIN_METHODS else "PolicyService"
+        refusal, call = None, Call(context, context.peer(), self._request_id(metadata), self._queued_s())
+        with self._tracer.span(method, call.request_id) as span:
+            try:
+                call.client = self._gate.require(f"/equiserve.v1.{service}/{method}", metadata) or call.client
+                if self.draining:
+                    remedy = "call another server, or wait for the next"
+                    raise Rejected("server", "one that takes calls", "one that drains", remedy, Status.UNAVAILABLE)
+                yield call
+            except Rejected as rejected:
+                refusal = rejected
+            except Exception:
+                log.exception("%s: request %s failed", method, call.request_id)
+                told = f"the server's log has it under request {call.request_id}"
+                refusal = Rejected("server", "no failure", "an internal error", told, Status.INTERNAL)
+            span.end(call.phases, refusal.status.value if refusal else "OK")
+        if refusal:
+            self.refuse(method, refusal, context, call)
+        else:
+            self.metrics.record(method, "OK", call.elapsed_s, call.phases)
+
+    def refuse(self, method: str, rejected: Rejected, context: grpc.ServicerContext, call: Call | None = None) -> None:
+        """Count, log and answer a refusal."""
+        call = call or Call(context, context.peer(), self._request_id(context.invocation_metadata()), self._queued_s())
+        self.metrics.record(method, rejected.status.value, call.elapsed_s, call.phases)
+        if self._throttle.allows():
+            left_out = self._throttle.left_out()
+            log.info(
+                "%s refused, %s: %s%s", method, rejected.status.value, rejected,
+                f" ({left_out} more refusals were not written)" if left_out else "",
+                extra={"request_id": call.request_id, "client": call.client, "field": rejected.field},
+            )  # fmt: skip
+        context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+        context.abort_with_status(rpc_status.to_status(status_of(rejected)))
+
+    def _request_id(self, metadata: object) -> str:
+        """The caller's own, if it is one, or a new one."""
+        for key, value in metadata or ():  # type: ignore[attr-defined]
+            if key == REQUEST_ID and isinstance(value, str) and SAFE_ID.fullmatch(value):
+                return value
+        return f"{self._prefix}-{next(self._count)}"
+
+
+ADMIN_METHODS = frozenset(("LoadPolicy", "UnloadPolicy", "SetDefaultPolicy", "Drain"))
+
+
+def status_of(rejected: Rejected) -> status_pb2.Status:
+    """google.rpc.Status with a BadRequest for people's tools and an ErrorInfo (field, expected, got) for programs."""
+    parts = {name: getattr(rejected, name)[:TOLD] for name in ("field", "expected", "got", "remedy")}
+    violation = error_details_pb2.BadRequest.FieldViolation(
+        field=parts["field"], description=f"expected {parts['expected']}, got {parts['got']}"
+    )
+    details = [any_pb2.Any(), any_pb2.Any()]
+    details[0].Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    details[1].Pack(error_details_pb2.ErrorInfo(reason=rejected.status.value, domain=DOMAIN, metadata=parts))
+    return status_pb2.Status(
+        code=code_pb2.Code.Value(rejected.status.value), message=str(rejected)[: 2 * TOLD], details=details
+    )

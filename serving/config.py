@@ -1,0 +1,199 @@
+"""How a server is set up: a TOML file, the environment (EQUISERVE_LISTEN=...), flags; each overrides the one before."""
+
+import math
+import os
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from serving.envelope import Limits, Workspace
+from serving.errors import StartupError
+from serving.frames import FrameRules
+
+ENVIRONMENT = "EQUISERVE_"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Serve policies to robots over gRPC.
+
+    Every policy must first reproduce its golden actions, turn with the scene if it claims to, and answer to its
+    gripper input; a policy that does not is refused and the server does not start.
+
+    Settings come from --config FILE (TOML, names as here with _), then from the environment (EQUISERVE_LISTEN and so
+    on), then from flags; --check-config says whether they would work, and starts nothing.
+    """
+
+    policy: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """[NAME=]policy.onnx, as training.run wrote it. Repeat for several; the first is the default. NAME: what callers
+    ask for; left out, the task that the file names."""
+    policies: Path | None = None
+    """A folder of NAME.onnx files, served beside those. SIGHUP or PolicyAdmin loads what is new or changed there."""
+    default_policy: str = ""
+    """The name that answers callers who name none; empty: the first."""
+    listen: str = "localhost:50051"
+    """HOST:PORT. Port 0 takes a free one; the line "serving on HOST:PORT" on stdout says which."""
+    insecure: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Allow an address that other machines can reach, without encryption: anyone there can then ask for motions, and
+    read tokens. For a container whose port is published on the loopback interface, or a network of your own."""
+    tls_cert: Path | None = None
+    """PEM certificate chain of this server; with --tls-key. Replaced files are read again at the next connection."""
+    tls_key: Path | None = None
+    """PEM private key."""
+    tls_client_ca: Path | None = None
+    """PEM certificates that sign clients; with it a client without such a certificate is refused (mTLS)."""
+    tokens: Path | None = None
+    """File of bearer tokens, hashed, as `python -m serving.tokens` writes it. With it every call but health needs one
+    with the role act or admin; without it nobody is admin."""
+    intra_op_threads: int = 2
+    """Threads that share one inference."""
+    concurrency: int = 2
+    """Inferences at the same time."""
+    queue: int = 2
+    """Calls that may wait for one. Others are refused at once: an answer that comes late is of no use to a robot."""
+    max_batch: int = 1
+    """Above 1, calls that wait for the same policy share an inference. For many clients of a large policy."""
+    valid_for_ms: float = 200.0
+    """How long after its frame was taken an action may be applied. An older frame is refused."""
+    workspace: tuple[float, float, float, float, float, float] | None = None
+    """X0 X1 Y0 Y1 Z0 Z1: a box in the robot's base frame, metres. No motion ends outside; requests need a pose."""
+    limits: dict[str, float] = field(default_factory=dict)
+    """Tighter limits than the policies' own, NAME VALUE ...: action fields, or step_m, jump_m, jump_rad, z_floor_m."""
+    frozen_after: int = 10
+    """Warn when a camera sends as many equal frames in a row; 0: never."""
+    invalid_share: float = 0.2
+    """Warn when more than this share of a frame's pixels has no depth."""
+    strict_frames: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Refuse such frames instead."""
+    max_episodes: int = 64
+    """Episodes open at the same time."""
+    episode_idle_s: float = 600.0
+    """An episode without a call for so long is forgotten."""
+    grace_s: float = 5.0
+    """On SIGTERM, how long calls in flight may take to finish."""
+    metrics_port: int | None = None
+    """Serve Prometheus metrics on this port of the loopback interface."""
+    record: Path | None = None
+    """Write a flight recording into this folder (MCAP; `python -m serving.replay` reads it)."""
+    record_file_mib: int = 256
+    """A new file is begun after so much."""
+    record_total_mib: int = 4096
+    """The oldest files of this folder go when together they exceed this."""
+    log_format: Literal["text", "json"] = "text"
+    """One line an event, for people or for machines."""
+    trace: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Make OpenTelemetry spans (needs opentelemetry-sdk; where they go is OTEL_*'s business)."""
+    check_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Check everything, policies included, say so, and exit."""
+
+    def __post_init__(self) -> None:
+        lowest = {
+            "intra_op_threads": 1, "concurrency": 1, "queue": 0, "max_batch": 1, "valid_for_ms": 1, "frozen_after": 0,
+            "invalid_share": 0, "max_episodes": 1, "episode_idle_s": 1, "grace_s": 0, "record_file_mib": 1,
+            "record_total_mib": 1,
+        }  # fmt: skip
+        for name, low in lowest.items():
+            if not low <= getattr(self, name) < math.inf:
+                raise StartupError(f"{name} must be finite and at least {low}, got {getattr(self, name)}")
+        if not self.policy and not self.policies:
+            raise StartupError("no policy: give --policy policy.onnx, or --policies FOLDER")
+        if self.policies and not self.policies.is_dir():
+            raise StartupError(f"--policies must be a folder, {self.policies} is none")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise StartupError("--tls-cert and --tls-key go together")
+        if self.tls_client_ca and not self.tls_cert:
+            raise StartupError("--tls-client-ca needs --tls-cert and --tls-key: a client's certificate comes over TLS")
+        if self.max_batch > 1 and self.queue < self.max_batch - 1:
+            raise StartupError(f"--max-batch {self.max_batch} never fills with --queue {self.queue}: raise --queue")
+        _ = self.bounds
+
+    @property
+    def bounds(self) -> Limits:
+        """What the envelope keeps for every policy."""
+        box = None
+        if self.workspace is not None:
+            try:
+                box = Workspace(low=self.workspace[::2], high=self.workspace[1::2])
+            except ValueError as error:
+                raise StartupError(f"--workspace X0 X1 Y0 Y1 Z0 Z1: {error}") from error
+        for name, value in self.limits.items():
+            if not math.isfinite(value) or (value <= 0 and name != "z_floor_m"):
+                raise StartupError(f"--limits {name} must be a positive number, got {value}")
+        named = {f.name for f in fields(Limits)} - {"fields", "workspace"}
+        own = {name: value for name, value in self.limits.items() if name in named}
+        return Limits({n: v for n, v in self.limits.items() if n not in named}, workspace=box, **own)
+
+    @property
+    def frame_rules(self) -> FrameRules:
+        return FrameRules(self.frozen_after, self.invalid_share, self.strict_frames)
+
+
+def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> Config:
+    """The settings of --config, the environment and the flags.
+
+    Raises:
+        StartupError: naming the file and the setting that is unknown or does not fit.
+    """
+    flags = list(sys.argv[1:] if arguments is None else arguments)
+    settings = {**_from_file(flags), **_from_environment(environment)}
+    given = {flag.split("=")[0].removeprefix("--no-").removeprefix("--").replace("-", "_") for flag in flags}
+    defaults = [part for name, value in settings.items() if name not in given for part in _as_flags(name, value)]
+    return tyro.cli(Config, args=defaults + flags, prog="python -m serving.server")
+
+
+def _from_file(flags: list[str]) -> dict[str, Any]:
+    """What --config names, which is taken out of `flags`."""
+    path = None
+    for i, flag in enumerate(flags):
+        if flag == "--config" and i + 1 < len(flags):
+            path = Path(flags[i + 1])
+            del flags[i : i + 2]
+            break
+        if flag.startswith("--config="):
+            path = Path(flags.pop(i).removeprefix("--config="))
+            break
+    if path is None:
+        return {}
+    try:
+        settings = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise StartupError(f"--config {path}: {error}") from error
+    _require_known(settings, f"--config {path}")
+    return settings
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    found = {k.removeprefix(ENVIRONMENT).lower(): v for k, v in environment.items() if k.startswith(ENVIRONMENT)}
+    _require_known(found, "the environment")
+    return {name: _value(text) for name, text in found.items()}
+
+
+def _value(text: str) -> Any:
+    """A variable's text as TOML has it ([0.3, 0.7], true, {planar = 0.02}), or else as it stands."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _require_known(settings: Mapping[str, Any], where: str) -> None:
+    known = {f.name for f in fields(Config)} - {"check_config"}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise StartupError(f"{where}: no setting is called {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+
+
+def _as_flags(name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag] if value else []
+    if name == "policy":
+        return [part for one in ([value] if isinstance(value, str) else value) for part in (flag, str(one))]
+    if isinstance(value, dict):
+        return [flag, *(str(part) for pair in value.items() for part in pair)]
+    return [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]

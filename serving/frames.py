@@ -1,0 +1,59 @@
+"""What is suspicious about a frame, though it is valid: a camera that repeats itself, or that sees little."""
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from protos.errors import Rejected, Status
+from protos.spaces import Observation
+
+REMEMBERED = 256
+"""Sources whose last frame is kept (64 KiB each); the one that was silent longest is forgotten."""
+
+
+@dataclass(frozen=True)
+class FrameRules:
+    """When a frame is suspicious, and whether that is a warning or a refusal."""
+
+    frozen_after: int = 10
+    """As many equal frames in a row; 0: never."""
+    invalid_share: float = 0.2
+    """More than this share of pixels without a measurement, that is of depth 0."""
+    strict: bool = False
+
+
+class FrameWatch:
+    """Remembers the last frame of each source."""
+
+    def __init__(self, rules: FrameRules) -> None:
+        self._rules = rules
+        self._lock = threading.Lock()
+        self._last: OrderedDict[str, tuple[bytes, int]] = OrderedDict()
+
+    def check(self, source: str, pixels: bytes, observation: Observation) -> list[str]:
+        """What to warn of.
+
+        Args:
+            source: the episode, or the client where there is none.
+            pixels: as they came.
+
+        Raises:
+            Rejected: FAILED_PRECONDITION instead, where the rules are strict.
+        """
+        rules, warnings = self._rules, list[tuple[str, str]]()
+        with self._lock:
+            before, times = self._last.pop(source, (b"", 0))
+            times = times + 1 if pixels == before else 1
+            self._last[source] = pixels, times
+            if len(self._last) > REMEMBERED:
+                self._last.popitem(last=False)
+        if 0 < rules.frozen_after <= times:
+            warnings.append(("a camera that moves on", f"the same frame {times} times running"))
+        invalid = 1 - np.count_nonzero(observation.depth) / observation.depth.size
+        if invalid > rules.invalid_share:
+            warnings.append((f"at most {rules.invalid_share:.0%} of pixels without depth", f"{invalid:.0%}"))
+        if warnings and rules.strict:
+            raise Rejected("observation.depth", *warnings[0], "check the camera", Status.FAILED_PRECONDITION)
+        return [f"observation.depth: expected {expected}, got {got}" for expected, got in warnings]

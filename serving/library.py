@@ -1,0 +1,159 @@
+"""Where policies come from: names and the files behind them; each proves itself before it goes live.
+
+Callers name policies, never paths: a name is looked up among the files given at the start and those in the policies
+folder (NAME.onnx).
+"""
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from protos.errors import Rejected, Status, shown
+from protos.spaces import Observation
+from serving.envelope import Envelope, Limits
+from serving.errors import PolicyRefused, StartupError
+from serving.metrics import Metrics
+from serving.policy import Policy, load
+from serving.proofs import prove
+from serving.registry import Registry
+
+log = logging.getLogger(__name__)
+
+WARM_UP_CALLS = 5
+NAME = r"[\w.-]+"
+
+
+@dataclass
+class Library:
+    """The policies of one server, on disk and in its registry.
+
+    Args:
+        files: [NAME=]path; the first is the default. Without NAME, the task that the file names.
+        folder: of NAME.onnx, looked at again by `refresh`.
+    """
+
+    registry: Registry
+    metrics: Metrics
+    files: Sequence[str]
+    folder: Path | None
+    intra_op_threads: int
+    limits: Limits
+
+    def __post_init__(self) -> None:
+        self._named: dict[str, Path] = {}
+        self._loading = threading.Lock()
+
+    def open(self, default: str = "") -> None:
+        """Load and prove everything, then go live with all of it together.
+
+        Raises:
+            PolicyRefused, StartupError: and nothing is live.
+        """
+        policies = [self._proved(Path(path), name) for name, path in map(_split, self.files)]
+        for policy in policies:
+            if [(p.name, p.version) for p in policies].count((policy.name, policy.version)) > 1:
+                raise StartupError(
+                    f"policy {policy.name} {policy.version} is given twice; name them apart: A={policy.file}"
+                )
+        self._named = {p.name: Path(p.file) for p in policies}
+        for name, path in self._in_folder().items():
+            policies.append(self._proved(path, name))
+        if not policies:
+            raise StartupError(f"no policy in {self.folder}: put NAME.onnx there, or give --policy")
+        if default and default not in [p.name for p in policies]:
+            known = ", ".join(p.name for p in policies)
+            raise StartupError(f"--default-policy must be one of {known}, got {default}")
+        self.registry.publish(policies, default)
+
+    def load(self, name: str) -> Policy:
+        """Load the file behind a name again, and go live with it unless the same version is.
+
+        Raises:
+            Rejected: NOT_FOUND for a name without a file; FAILED_PRECONDITION, with every reason, for a file that must
+                not serve. What was live before stays.
+        """
+        with self._loading:
+            files = self._in_folder() | self._named
+            if name not in files:
+                expected = f"one of: {', '.join(sorted(files))}"
+                raise Rejected("name", expected, shown(name), "a name, never a path", Status.NOT_FOUND)
+            return self._renewed(name, files[name])
+
+    def refresh(self) -> list[str]:
+        """Look at every file again: what is new or changed goes live, what vanished from the folder is unloaded.
+
+        Returns what happened, a line each. A file that must not serve changes nothing but the log.
+        """
+        said = []
+        with self._loading:
+            found = self._in_folder()
+            for name, path in (found | self._named).items():
+                try:
+                    before = {p.version for p in self.registry if p.name == name}
+                    policy = self._renewed(name, path)
+                    if policy.version not in before:
+                        said.append(f"{name} {policy.version} is live")
+                except Rejected as reason:
+                    said.append(str(reason))
+            for name in {p.name for p in self.registry} - set(found) - set(self._named):
+                try:
+                    self.registry.remove(name)
+                    said.append(f"{name} is unloaded")
+                except Rejected as reason:
+                    said.append(f"{name} has no file any more and stays: {reason}")
+        for line in said:
+            log.info("policies: %s", line)
+        return said
+
+    def _renewed(self, name: str, path: Path) -> Policy:
+        try:
+            live = [p for p in self.registry if p.name == name]
+            if live and live[-1].has_same_file(path):
+                return live[-1]
+            policy = self._proved(path, name)
+            self.registry.add(policy)
+        except (PolicyRefused, Rejected) as refused:
+            self.metrics.loaded("refused")
+            log.error("policy %s: %s", name, refused)
+            reasons = refused.reasons if isinstance(refused, PolicyRefused) else (refused,)
+            got = "; ".join(f"{r.field}: expected {r.expected}, got {r.got}" for r in reasons)
+            remedy = "the policy before stays live"
+            raise Rejected("name", "a policy that proves itself", got, remedy, Status.FAILED_PRECONDITION) from refused
+        return policy
+
+    def _in_folder(self) -> dict[str, Path]:
+        files = sorted(self.folder.glob("*.onnx")) if self.folder else []
+        return {f.stem: f for f in files if re.fullmatch(NAME, f.stem)}
+
+    def _proved(self, path: Path, name: str) -> Policy:
+        policy = prove(load(path, name, intra_op_threads=self.intra_op_threads))
+        try:
+            Envelope(policy.spec, self.limits)
+        except Rejected as unknown:
+            raise PolicyRefused(policy.file, [unknown]) from unknown
+        policy = replace(policy, inference_ms=_warm_ms(policy))
+        log.info("policy %s %s: %s", policy.name, policy.version, policy.file)
+        for proof in policy.proofs:
+            log.info("  proof %s: %.3g, bound %.3g (%s)", proof.name, proof.measured, proof.bound, proof.detail)
+            self.metrics.proved(policy.name, policy.version, proof.name, proof.measured, proof.bound)
+        log.info("  warm: %.2f ms an action", policy.inference_ms)
+        self.metrics.loaded("live")
+        return policy
+
+
+def _split(argument: str) -> tuple[str, str]:
+    named = re.fullmatch(rf"({NAME})=(.+)", argument)  # a name has no slash, a path may have "="
+    return (named[1], named[2]) if named else ("", argument)
+
+
+def _warm_ms(policy: Policy) -> float:
+    golden, times = policy.manifest.golden, []
+    for _ in range(WARM_UP_CALLS):
+        start = time.perf_counter()
+        policy.act(Observation(golden.depth[0], float(golden.gripper[0])))
+        times.append(time.perf_counter() - start)
+    return min(times) * 1e3

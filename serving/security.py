@@ -1,0 +1,197 @@
+"""Who may connect and who may do what: TLS, client certificates, bearer tokens with roles.
+
+A token is 256 random bits, so its SHA-256 is as hard to turn back as it is to guess: the file holds nothing else, and
+the log holds names alone.
+"""
+
+import hashlib
+import logging
+import re
+import secrets
+import ssl
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health
+
+from protos.errors import Rejected, Status
+from protos.files import write_atomically
+from serving.errors import StartupError
+
+log = logging.getLogger(__name__)
+
+ROLES = ("act", "admin")
+ADMIN_SERVICE = "equiserve.v1.PolicyAdmin"
+LINE = re.compile(r"(?P<name>[\w.-]{1,64}) (?P<roles>(act|admin)(,(act|admin))*) (?P<sha256>[0-9a-f]{64})")
+
+
+@dataclass(frozen=True)
+class Token:
+    """Who holds it, and what they may do."""
+
+    name: str
+    roles: frozenset[str]
+    sha256: str
+
+
+def new_token(name: str, roles: Iterable[str], file: Path) -> str:
+    """Make a token, add its hash to `file` (made readable for its owner alone), and return it: it is nowhere else.
+
+    Raises:
+        StartupError: when the name is taken or not one.
+    """
+    secret = secrets.token_urlsafe(32)
+    line = f"{name} {','.join(roles)} {_sha256(secret)}"
+    if not LINE.fullmatch(line):
+        raise StartupError(
+            f"a name has letters, digits, . _ and -, and roles are {' and '.join(ROLES)}; got {line[:-65]}"
+        )
+    known = read_tokens(file) if file.exists() else []
+    if name in [token.name for token in known]:
+        raise StartupError(f"{file} has a token for {name} already; remove its line first")
+    before = file.read_text() if file.exists() else "# name roles sha256(token); made by python -m serving.tokens\n"
+    write_atomically(file, (before + line + "\n").encode())
+    file.chmod(0o600)
+    return secret
+
+
+def read_tokens(file: Path) -> list[Token]:
+    """Raises StartupError naming the line that does not parse, and not what stands there: it may be a secret."""
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"--tokens {file}: {error}") from error
+    tokens = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = LINE.fullmatch(line.strip())
+        if not match:
+            raise StartupError(
+                f"--tokens {file}, line {number}: expected NAME ROLES SHA256; make it with serving.tokens"
+            )
+        tokens.append(Token(match["name"], frozenset(match["roles"].split(",")), match["sha256"]))
+    return tokens
+
+
+class Gate:
+    """What a caller may do. Without tokens: act, but not administer."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._tokens: dict[str, Token] | None = None
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the file again. Raises StartupError, and the tokens before stay good."""
+        if self._file:
+            self._tokens = {token.sha256: token for token in read_tokens(self._file)}
+
+    def require(self, method: str, metadata: Sequence[tuple[str, str | bytes]]) -> str:
+        """The name of the token's holder, or "" where no tokens are asked for.
+
+        Args:
+            method: "/package.Service/Method".
+
+        Raises:
+            Rejected: UNAUTHENTICATED or PERMISSION_DENIED.
+        """
+        service = method.split("/")[1] if method.count("/") == 2 else ""
+        role = "admin" if service == ADMIN_SERVICE else "act"
+        if self._tokens is None:
+            if role == "admin":
+                remedy = "start the server with --tokens, and call with a token that has the role admin"
+                raise Rejected("authorization", "a server with tokens", "one without", remedy, Status.PERMISSION_DENIED)
+            return ""
+        sent = [value for key, value in metadata if key == "authorization"]
+        if len(sent) != 1 or not isinstance(sent[0], str) or not sent[0].startswith("Bearer "):
+            remedy = "send the metadata authorization: Bearer TOKEN"
+            raise Rejected("authorization", "one bearer token", "none", remedy, Status.UNAUTHENTICATED)
+        # A dictionary of hashes: how long the search takes tells nothing of the secret.
+        token = self._tokens.get(_sha256(sent[0].removeprefix("Bearer ")))
+        if token is None:
+            remedy = "was it removed from the server's file?"
+            raise Rejected("authorization", "a token of this server", "another", remedy, Status.UNAUTHENTICATED)
+        if role not in token.roles and not (role == "act" and "admin" in token.roles):
+            got = f"{token.name} with {', '.join(sorted(token.roles))}"
+            raise Rejected("authorization", f"the role {role}", got, "ask for another token", Status.PERMISSION_DENIED)
+        return token.name
+
+
+class Doorman(grpc.ServerInterceptor):
+    """Asks the gate about every call but health, before the message is even read."""
+
+    def __init__(self, gate: Gate, refused: Callable[[str, Rejected, grpc.ServicerContext], None]) -> None:
+        self._gate, self._refused = gate, refused
+
+    def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
+        if not details.method.startswith(f"/{health.SERVICE_NAME}/"):
+            try:
+                self._gate.require(details.method, details.invocation_metadata)
+            except Rejected as rejected:
+                return self._closed(continuation(details), details.method, rejected)
+        return continuation(details)
+
+    def _closed(self, handler: Any, method: str, rejected: Rejected) -> Any:
+        """A handler of the same shape that refuses."""
+        if handler is None:
+            return None
+
+        def refuse(_request: Any, context: grpc.ServicerContext) -> None:
+            self._refused(method, rejected, context)
+
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(refuse)
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+class Certificates:
+    """The server's key pair and the clients' authority, read again when their files change."""
+
+    def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
+        """Raises StartupError when the files do not make a pair."""
+        self._files = (cert, key, *([client_ca] if client_ca else []))
+        self._client_ca, self._lock = client_ca, threading.Lock()
+        self._stamp: tuple[float, ...] = ()
+        try:
+            self._config = self._read()
+        except (OSError, ssl.SSLError) as error:
+            raise StartupError(f"--tls-cert {cert} and --tls-key {key}: {error}") from error
+        self._stamp = self._stamps()
+
+    def credentials(self) -> grpc.ServerCredentials:
+        return grpc.dynamic_ssl_server_credentials(
+            self._config, self._latest, require_client_authentication=self._client_ca is not None
+        )
+
+    def _latest(self) -> Any:
+        """At every new connection. A half-written or mismatched pair is not taken: the one before stays."""
+        with self._lock:
+            try:
+                stamp = self._stamps()
+                if stamp != self._stamp:
+                    self._config, self._stamp = self._read(), stamp
+                    log.info("certificates: read again")
+            except (OSError, ssl.SSLError) as error:
+                log.error("certificates: the new files do not fit, the ones before stay: %s", error)
+            return self._config
+
+    def _read(self) -> Any:
+        cert, key = self._files[:2]
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
+        authority = None
+        if self._client_ca:
+            ssl.create_default_context(cafile=self._client_ca)
+            authority = self._client_ca.read_bytes()
+        return grpc.ssl_server_certificate_configuration([(key.read_bytes(), cert.read_bytes())], authority)
+
+    def _stamps(self) -> tuple[float, ...]:
+        return tuple(file.stat().st_mtime_ns for file in self._files)
+
+
+def _sha256(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()

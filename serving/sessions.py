@@ -1,0 +1,136 @@
+"""Episodes: a pinned policy, steps that are answered once and in order, and the action that came before."""
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos.equiserve.v1 import policy_pb2 as pb
+from protos.errors import Rejected, Status, shown
+from serving.envelope import Envelope
+from serving.policy import Policy
+
+Answer = Callable[[NDArray[np.float32] | None], pb.GetActionResponse]
+"""What is asked for a new step: given the action that was answered before, if any."""
+
+
+@dataclass(eq=False)
+class Episode:
+    """One run of a robot. `mode` and `seed` are those of StartEpisode."""
+
+    id: str
+    policy: Policy
+    envelope: Envelope
+    mode: pb.Mode
+    seed: int
+    touched: float = field(default_factory=time.monotonic)
+    steps: int = 0
+    _last: tuple[pb.GetActionRequest, pb.GetActionResponse] | None = None
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def require_pinned(self, request: pb.GetActionRequest) -> None:
+        """What StartEpisode settled may be repeated, not changed. Raises Rejected, FAILED_PRECONDITION."""
+        settled = {
+            "policy": (request.policy, self.policy.name),
+            "version": (request.version, self.policy.version),
+            "mode": (request.mode, self.mode),
+            "seed": (request.seed, self.seed),
+        }
+        for name, (asked, pinned) in settled.items():
+            if asked and asked != pinned:
+                remedy = "StartEpisode settled it; leave it out"
+                raise Rejected(name, str(pinned), "another", remedy, Status.FAILED_PRECONDITION)
+
+    def step(self, request: pb.GetActionRequest, patience_s: float, answer: Answer) -> pb.GetActionResponse:
+        """Answer each step once: the same step again gets the same message, whoever asks meanwhile waits.
+
+        A step that failed was not taken: it may be tried again.
+
+        Raises:
+            Rejected: OUT_OF_RANGE for an older step, FAILED_PRECONDITION for another observation under the same step,
+                DEADLINE_EXCEEDED when an earlier call of this episode takes longer than `patience_s`.
+        """
+        if not self._turn.acquire(timeout=patience_s):
+            remedy = "one call at a time in an episode"
+            raise Rejected("step", "the call before to be over", "none", remedy, Status.DEADLINE_EXCEEDED)
+        try:
+            self.touched = time.monotonic()
+            if self._last is not None:
+                asked, answered = self._last
+                if request.step < asked.step:
+                    remedy = "its answer may have been superseded; do not act on it"
+                    expected = f"a step after {asked.step}"
+                    raise Rejected("step", expected, str(request.step), remedy, Status.OUT_OF_RANGE)
+                if request.step == asked.step:
+                    _require_same(request.observation, asked.observation)
+                    return answered
+            response = answer(None if self._last is None else _floats(self._last[1].action, self.policy))
+            self._last = request, response
+            self.steps += 1
+            return response
+        finally:
+            self._turn.release()
+
+
+class Sessions:
+    """The open episodes: at most `limit`, each forgotten after `idle_s` without a call."""
+
+    def __init__(self, limit: int, idle_s: float) -> None:
+        self._limit, self._idle_s = limit, idle_s
+        self._open: dict[str, Episode] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def start(self, policy: Policy, envelope: Envelope, mode: pb.Mode, seed: int) -> Episode:
+        """Raises Rejected, RESOURCE_EXHAUSTED, when too many are open."""
+        episode = Episode(uuid.uuid4().hex, policy, envelope, mode, seed)
+        with self._lock:
+            self._forget_idle()
+            if len(self._open) >= self._limit:
+                remedy = f"end episodes with EndEpisode; idle ones are forgotten after {self._idle_s:g} s"
+                got = f"{len(self._open)} open"
+                expected = f"fewer than {self._limit} episodes"
+                raise Rejected("server", expected, got, remedy, Status.RESOURCE_EXHAUSTED)
+            self._open[episode.id] = episode
+        return episode
+
+    def get(self, episode_id: str) -> Episode:
+        """Raises Rejected, NOT_FOUND."""
+        with self._lock:
+            episode = self._open.get(episode_id)
+            if episode is not None and time.monotonic() - episode.touched < self._idle_s:
+                return episode
+        remedy = f"it ended, was idle for {self._idle_s:g} s, or the server was started again: call StartEpisode"
+        raise Rejected("episode_id", "an open episode", shown(episode_id), remedy, Status.NOT_FOUND)
+
+    def end(self, episode_id: str) -> Episode:
+        """Forget it. Raises Rejected, NOT_FOUND."""
+        episode = self.get(episode_id)
+        with self._lock:
+            self._open.pop(episode_id, None)
+        return episode
+
+    def _forget_idle(self) -> None:
+        now = time.monotonic()
+        self._open = {i: e for i, e in self._open.items() if now - e.touched < self._idle_s}
+
+
+def _require_same(observation: pb.Observation, before: pb.Observation) -> None:
+    """A retry may be older than the first try; all else that it shows must be the same."""
+    names = [f.name for f in pb.Observation.DESCRIPTOR.fields if f.name != "age_us"]
+    different = [name for name in names if getattr(observation, name) != getattr(before, name)]
+    if different:
+        raise Rejected(
+            "step", "the same observation as the first time", f"another {', '.join(different)}",
+            "a new frame needs a new step", Status.FAILED_PRECONDITION,
+        )  # fmt: skip
+
+
+def _floats(action: pb.Action, policy: Policy) -> NDArray[np.float32]:
+    return np.array([getattr(action, c) for c in policy.spec.action.components], np.float32)

@@ -1,0 +1,53 @@
+"""OpenTelemetry spans, where they are wanted: one a call, with its phases. What exports them is OpenTelemetry's own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from serving.errors import StartupError
+from serving.metrics import Phases
+
+
+class Span:
+    """Nothing, where tracing is off."""
+
+    def end(self, phases: Phases, code: str) -> None:
+        """What is known of a call when it has its status."""
+
+
+class Tracer:
+    """Makes no spans."""
+
+    @contextmanager
+    def span(self, method: str, request_id: str) -> Iterator[Span]:
+        yield Span()
+
+
+class OpenTelemetry(Tracer):
+    """Makes spans with whatever provider the process has (opentelemetry-instrument sets one up from OTEL_*).
+
+    Raises:
+        StartupError: when opentelemetry is not installed.
+    """
+
+    def __init__(self, provider: Any = None) -> None:
+        try:
+            from opentelemetry import trace
+        except ImportError as error:
+            raise StartupError("--trace needs OpenTelemetry: pip install opentelemetry-sdk") from error
+        self._tracer = trace.get_tracer("equiserve", tracer_provider=provider)
+
+    @contextmanager
+    def span(self, method: str, request_id: str) -> Iterator[Span]:
+        with self._tracer.start_as_current_span(method, attributes={"request_id": request_id}) as span:
+            yield _Recording(span)
+
+
+class _Recording(Span):
+    def __init__(self, span: Any) -> None:
+        self._span = span
+
+    def end(self, phases: Phases, code: str) -> None:
+        self._span.set_attribute("rpc.grpc.status", code)
+        for name, seconds in phases.seconds.items():
+            self._span.set_attribute(f"{name}_ms", seconds * 1e3)

@@ -1,0 +1,237 @@
+"""Load for a policy server, yours or ours: `python -m serving.bench --server localhost:50051 --clients 4 --rate 50`.
+
+Each client has its own connection and sends at its own fixed rate, like a robot. Latencies are the client's: from
+sending a request to having its answer.
+"""
+
+import json
+import math
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import tyro
+
+from protos.codec import pack_observation
+from protos.equiserve.v1 import policy_pb2 as pb
+from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
+from protos.spaces import Observation, PolicySpec
+
+PICTURES = 16
+CONNECT_S = 30.0
+"""How long to wait for a server that is still proving its policies."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Ask a server for actions at a fixed rate, and say how it did.
+
+    A client with an answer outstanding skips its beat, as a robot would, unless --outstanding allows more: with many,
+    load is offered whatever the server does (open loop), which is how overload is measured.
+    """
+
+    server: str = "localhost:50051"
+    """HOST:PORT."""
+    clients: int = 1
+    rate: float = 20.0
+    """Calls per second of each client; 0: as fast as answers come."""
+    seconds: float = 10.0
+    outstanding: int = 1
+    """Calls of one client that may be under way."""
+    policy: str = ""
+    """Empty: the server's default."""
+    deadline_ms: float = 1000.0
+    tls_ca: Path | None = None
+    """PEM certificates to trust; with it the connection is TLS."""
+    token: str = ""
+    """A bearer token, where the server asks for one."""
+    max_p99_ms: float = math.inf
+    """Exit with 1 when p99 is above this, or a call failed otherwise than by being refused for load."""
+    output: Path | None = None
+    """Write the numbers here too, as JSON."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("clients", 1), ("outstanding", 1), ("seconds", 0.1), ("rate", 0), ("deadline_ms", 1)):
+            if not low <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
+
+
+@dataclass
+class Tally:
+    """What one client saw. Latencies in milliseconds by gRPC status; beats that found too many calls under way."""
+
+    latency_ms: dict[str, list[float]] = field(default_factory=dict)
+    server_ms: list[float] = field(default_factory=list)
+    """decode + safety + encode of each answer: the server's work apart from the model."""
+    skipped: int = 0
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter({code: len(spent) for code, spent in self.latency_ms.items()})
+
+
+def connect(bench: Bench) -> grpc.Channel:
+    """A connection of its own: channels to one address would otherwise share one."""
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+    if bench.tls_ca is None:
+        return grpc.insecure_channel(bench.server, options=options)
+    return grpc.secure_channel(bench.server, grpc.ssl_channel_credentials(bench.tls_ca.read_bytes()), options=options)
+
+
+def pictures(spec: PolicySpec, seed: int) -> list[pb.Observation]:
+    """Different frames within the contract: a plane with boxes on it."""
+    rng, o = np.random.default_rng(seed), spec.observation
+    made = []
+    for _ in range(PICTURES):
+        depth = np.full(o.shape, 0.6 * o.depth_min_m + 0.4 * o.depth_max_m, np.float32)
+        for row, col in rng.integers(0, o.height * 3 // 4, (3, 2)):
+            depth[row : row + o.height // 4, col : col + o.width // 4] -= np.float32(rng.uniform(0.01, 0.1))
+        made.append(pack_observation(Observation(depth, float(rng.integers(2)))))
+    return made
+
+
+class Client:
+    """One robot's worth of load."""
+
+    def __init__(self, bench: Bench, seed: int) -> None:
+        self._bench, self.tally = bench, Tally()
+        self._channel = connect(bench)
+        self._stub = pb_grpc.PolicyServiceStub(self._channel)
+        self._metadata = (("authorization", f"Bearer {bench.token}"),) if bench.token else ()
+        self._free = threading.Semaphore(bench.outstanding)
+        self._lock = threading.Lock()
+        asked = pb.GetPolicyRequest(name=bench.policy)
+        info = self._stub.GetPolicy(asked, timeout=CONNECT_S, metadata=self._metadata, wait_for_ready=True).policy
+        self._requests = [
+            pb.GetActionRequest(observation=picture, policy=bench.policy)
+            for picture in pictures(PolicySpec.from_json(info.contract), seed)
+        ]
+
+    def run(self, start: float) -> None:
+        """Send from `start` (time.perf_counter) for the bench's time, then wait for what is under way."""
+        bench, beats = self._bench, 0
+        while (now := time.perf_counter()) < start + bench.seconds:
+            due = start + beats / bench.rate if bench.rate else now
+            if now < due:
+                time.sleep(due - now)
+                continue
+            if self._free.acquire(blocking=not bench.rate):
+                self._send(self._requests[beats % PICTURES])
+            else:
+                self.tally.skipped += 1
+            beats += 1
+        for _ in range(bench.outstanding):
+            self._free.acquire(timeout=bench.deadline_ms / 1e3 + 5)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _send(self, request: pb.GetActionRequest) -> None:
+        if self._bench.outstanding == 1:  # a blocking call is what a controller makes, and costs no second thread
+            sent = time.perf_counter()
+            try:
+                self._note("OK", sent, self._stub.GetAction(request, timeout=self._deadline_s, metadata=self._metadata))
+            except grpc.RpcError as error:
+                self._note(error.code().name, sent, None)
+            return
+        sent = time.perf_counter()
+        call = self._stub.GetAction.future(request, timeout=self._deadline_s, metadata=self._metadata)
+        call.add_done_callback(lambda done: self._finished(done, sent))
+
+    @property
+    def _deadline_s(self) -> float:
+        return self._bench.deadline_ms / 1e3
+
+    def _finished(self, call: Any, sent: float) -> None:
+        code = call.code()
+        self._note(code.name, sent, call.result() if code is grpc.StatusCode.OK else None)
+
+    def _note(self, code: str, sent: float, answer: pb.GetActionResponse | None) -> None:
+        spent = (time.perf_counter() - sent) * 1e3
+        with self._lock:
+            self.tally.latency_ms.setdefault(code, []).append(spent)
+            if answer is not None:
+                timing = answer.timing
+                self.tally.server_ms.append((timing.decode_us + timing.safety_us + timing.encode_us) / 1e3)
+        self._free.release()
+
+
+def load(bench: Bench) -> tuple[list[Tally], float]:
+    """Run all clients; what each saw, and how many seconds it took."""
+    clients = [Client(bench, seed) for seed in range(bench.clients)]
+    start = time.perf_counter() + 0.1
+    # Spread over one period: robots do not beat together.
+    offsets = [i / bench.clients / bench.rate if bench.rate else 0.0 for i in range(bench.clients)]
+    threads = [
+        threading.Thread(target=client.run, args=(start + offset,))
+        for client, offset in zip(clients, offsets, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = time.perf_counter() - start
+    for client in clients:
+        client.close()
+    return [client.tally for client in clients], took
+
+
+def summary(tallies: list[Tally], took: float) -> dict[str, Any]:
+    """Counts, rates and quantiles over all clients."""
+    by_code: dict[str, list[float]] = {}
+    for tally in tallies:
+        for code, spent in tally.latency_ms.items():
+            by_code.setdefault(code, []).extend(spent)
+    server = [ms for tally in tallies for ms in tally.server_ms]
+    return {
+        "seconds": took,
+        "answers_per_second": len(by_code.get("OK", [])) / took,
+        "skipped": sum(tally.skipped for tally in tallies),
+        "codes": {code: {"count": len(spent), **quantiles(spent)} for code, spent in sorted(by_code.items())},
+        "server_work_ms": quantiles(server) if server else {},
+    }
+
+
+def quantiles(milliseconds: list[float]) -> dict[str, float]:
+    p50, p95, p99 = np.percentile(milliseconds, (50, 95, 99))
+    return {"p50": float(p50), "p95": float(p95), "p99": float(p99), "max": max(milliseconds)}
+
+
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    yield f"{found['answers_per_second']:.1f} answers a second; {found['skipped']} beats skipped"
+    yield f"{'':20}{'count':>8}{'p50':>9}{'p95':>9}{'p99':>9}{'max':>9}  ms"
+    for code, row in found["codes"].items():
+        numbers = "".join(f"{row[q]:9.2f}" for q in ("p50", "p95", "p99", "max"))
+        yield f"{code:20}{row['count']:8}{numbers}"
+    if found["server_work_ms"]:
+        numbers = "".join(f"{found['server_work_ms'][q]:9.2f}" for q in ("p50", "p95", "p99", "max"))
+        yield f"{'server, model apart':28}{numbers}"
+
+
+def main() -> int:
+    try:
+        bench = tyro.cli(Bench, prog="python -m serving.bench")
+        found = summary(*load(bench))
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except grpc.RpcError as error:
+        print(f"{error.code().name}: {error.details()}", file=sys.stderr)
+        return 2
+    print("\n".join(lines(found)))
+    if bench.output:
+        bench.output.write_text(json.dumps(found, indent=2) + "\n")
+    failed = set(found["codes"]) - {"OK", "RESOURCE_EXHAUSTED"}
+    p99 = found["codes"].get("OK", {"p99": math.inf})["p99"]
+    return int(bool(failed) or p99 > bench.max_p99_ms)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""Operating a server: new versions go live whole or not at all, and nobody who acts notices."""
+
+import shutil
+import threading
+
+import onnx
+import pytest
+
+from protos.equiserve.v1 import policy_pb2 as pb
+from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
+from protos.spaces import ACTION, ObservationSpec, PolicySpec
+from serving.security import new_token
+from tests.makers import tiny_policy_file
+from tests.serving.requests import acting, refusal
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """policies/door.onnx and policies/other.onnx"""
+    folder = tmp_path / "policies"
+    folder.mkdir()
+    tiny_policy_file(folder / "door.onnx", weight=1.0)
+    tiny_policy_file(folder / "other.onnx", weight=2.0)
+    return folder
+
+
+@pytest.fixture
+def operated(serve, folder, tmp_path):
+    """(running server over `folder`, the admin's stub, the metadata that makes a caller admin)"""
+    secret = new_token("operator", ("admin",), tmp_path / "tokens")
+    running = serve(policies=folder, default_policy="door", tokens=tmp_path / "tokens")
+    return running, pb_grpc.PolicyAdminStub(running.channel), (("authorization", f"Bearer {secret}"),)
+
+
+def versions(running, name="door"):
+    return [p.version for p in running.server.registry if p.name == name]
+
+
+def test_a_folder_is_served_by_the_names_of_its_files(operated):
+    running, _, token = operated
+    entries = running.stub.ListPolicies(pb.ListPoliciesRequest(), metadata=token).policies
+    assert [(e.name, e.is_default) for e in entries] == [("door", True), ("other", False)]
+
+
+def test_a_new_file_goes_live_when_it_is_asked_for(operated, folder):
+    running, admin, token = operated
+    (before,) = versions(running)
+    assert admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token).policy.version == before
+    tiny_policy_file(folder / "door.onnx", weight=1.5)
+    assert running.stub.GetAction(acting(), metadata=token).version == before
+    loaded = admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token).policy
+    assert [p.name for p in loaded.proofs] == ["golden", "symmetry", "gripper"]
+    assert loaded.inference_ms > 0
+    assert running.stub.GetAction(acting(), metadata=token).version == loaded.version != before
+    assert running.stub.GetAction(acting(version=before), metadata=token).version == before
+
+
+def test_the_oldest_version_leaves(operated, folder):
+    running, admin, token = operated
+    seen = versions(running)
+    for weight in (1.5, 1.6, 1.7):
+        tiny_policy_file(folder / "door.onnx", weight=weight)
+        seen.append(admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token).policy.version)
+    assert versions(running) == seen[-2:]
+
+
+def test_a_version_can_come_back(operated, folder):
+    running, admin, token = operated
+    (first,) = versions(running)
+    for weight in (1.5, 1.0):
+        tiny_policy_file(folder / "door.onnx", weight=weight)
+        admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token)
+    assert running.stub.GetAction(acting(), metadata=token).version == first
+
+
+def truncated(path):
+    tiny_policy_file(path, weight=3.0)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def garbage(path):
+    path.write_bytes(b"no model at all")
+
+
+def transposed(path):
+    tiny_policy_file(path, weight=3.0, breaks=["transposed"])
+
+
+def lopsided(path):
+    tiny_policy_file(path, weight=3.0, breaks=["lopsided"], golden_from="broken")
+
+
+def deaf(path):
+    tiny_policy_file(path, weight=3.0, breaks=["gripper_dead"], golden_from="broken")
+
+
+def not_a_number(path):
+    tiny_policy_file(path, weight=3.0, breaks=["nan"])
+
+
+def another_contract(path):
+    tiny_policy_file(path, PolicySpec(ObservationSpec(height=16, width=16), ACTION), weight=3.0)
+
+
+def weights_elsewhere(path):
+    model = onnx.load(tiny_policy_file(path, weight=3.0))
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=1024)
+
+
+def operators_of_its_own(path):
+    model = onnx.load(tiny_policy_file(path, weight=3.0))
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, path)
+
+
+def another_input(path):
+    model = onnx.load(tiny_policy_file(path, weight=3.0))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("extra", onnx.TensorProto.FLOAT, [1]))
+    onnx.save(model, path)
+
+
+def missing(path):
+    path.unlink()
+
+
+BAD = (truncated, garbage, transposed, lopsided, deaf, not_a_number, another_contract, weights_elsewhere)
+BAD += (operators_of_its_own, another_input)
+
+
+@pytest.mark.parametrize("candidate", BAD, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("way", ["LoadPolicy", "refresh"])
+def test_a_bad_candidate_never_replaces_a_good_policy(operated, folder, candidate, way):
+    running, admin, token = operated
+    before = versions(running)
+    answer = running.stub.GetAction(acting(), metadata=token)
+    candidate(folder / "door.onnx")
+    if way == "refresh":
+        running.server.refresh()
+    else:
+        code, parts = refusal(admin.LoadPolicy, pb.LoadPolicyRequest(name="door"), metadata=token)
+        assert code == "FAILED_PRECONDITION"
+        assert "stays live" in parts["remedy"]
+    assert versions(running) == before
+    assert running.stub.GetAction(acting(), metadata=token).action == answer.action
+
+
+@pytest.mark.parametrize("name", ["", "nothing", "../door", "/etc/passwd", "door.onnx", "door\n", "x" * 5000])
+def test_callers_name_policies_and_never_paths(operated, name):
+    _, admin, token = operated
+    code, parts = refusal(admin.LoadPolicy, pb.LoadPolicyRequest(name=name), metadata=token)
+    assert (code, parts["field"], parts["expected"]) == ("NOT_FOUND", "name", "one of: door, other")
+
+
+def test_the_default_is_chosen_and_not_taken_away(operated):
+    running, admin, token = operated
+    assert refusal(admin.UnloadPolicy, pb.UnloadPolicyRequest(name="door"), metadata=token)[0] == "FAILED_PRECONDITION"
+    admin.SetDefaultPolicy(pb.SetDefaultPolicyRequest(name="other"), metadata=token)
+    assert running.stub.GetAction(acting(), metadata=token).policy == "other"
+    admin.UnloadPolicy(pb.UnloadPolicyRequest(name="door"), metadata=token)
+    assert refusal(running.stub.GetAction, acting(policy="door"), metadata=token)[0] == "NOT_FOUND"
+
+
+@pytest.mark.parametrize("method", ["UnloadPolicy", "SetDefaultPolicy"])
+@pytest.mark.parametrize("name", ["", "nothing"])
+def test_a_change_must_say_what_it_means(operated, method, name):
+    _, admin, token = operated
+    code, _ = refusal(getattr(admin, method), getattr(pb, f"{method}Request")(name=name), metadata=token)
+    assert code in ("NOT_FOUND", "INVALID_ARGUMENT")
+
+
+def test_a_refresh_takes_up_new_files_and_drops_vanished_ones(operated, folder):
+    running, _, token = operated
+    shutil.copy(folder / "other.onnx", folder / "third.onnx")
+    (folder / "other.onnx").unlink()
+    (folder / "not a name!.onnx").write_bytes(b"")
+    running.server.refresh()
+    assert [p.name for p in running.server.registry] == ["door", "third"]
+    missing(folder / "door.onnx")
+    running.server.refresh()
+    assert running.stub.GetAction(acting(), metadata=token).policy == "door"
+
+
+def test_drain_ends_the_server(operated):
+    running, admin, token = operated
+    admin.Drain(pb.DrainRequest(), metadata=token)
+    assert running.server.stopping.is_set()
+
+
+def test_reloads_under_load_are_never_noticed(operated, folder):
+    errors, mixed = reloads_under_load(*operated, folder, reloads=12, clients=3)
+    assert (errors, mixed) == ([], 0)
+
+
+def reloads_under_load(running, admin, token, folder, *, reloads, clients):
+    """Errors that clients saw, and episodes that were answered by more than one version."""
+    errors, mixed, over = [], 0, threading.Event()
+
+    def drive():
+        nonlocal mixed
+        picture = 0
+        while not over.is_set():
+            try:
+                started = running.stub.StartEpisode(pb.StartEpisodeRequest(), metadata=token)
+                seen = set()
+                for step in range(5):
+                    picture += 1
+                    request = acting(picture % 16, episode_id=started.episode_id, step=step)
+                    seen.add(running.stub.GetAction(request, metadata=token).version)
+                running.stub.EndEpisode(pb.EndEpisodeRequest(episode_id=started.episode_id), metadata=token)
+                mixed += seen != {started.version}
+            except Exception as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    errors.append(error)
+
+    threads = [threading.Thread(target=drive) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for i in range(reloads):
+        tiny_policy_file(folder / "door.onnx", weight=1.0 + 0.1 * (i % 7 + 1))
+        admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token)
+    over.set()
+    for thread in threads:
+        thread.join()
+    return errors, mixed

@@ -1,0 +1,56 @@
+"""GetActionBatch: many observations, each with its own status, and the same answers as one by one."""
+
+import numpy as np
+import pytest
+
+from protos.codec import unpack_action
+from protos.equiserve.v1 import policy_pb2 as pb
+from protos.spaces import ACTION
+from tests.makers import tiny_policy_file
+from tests.serving.requests import acting, refusal
+
+
+def test_a_batch_is_its_items_one_by_one(running):
+    requests = [acting(i) for i in range(20)]
+    items = running.stub.GetActionBatch(pb.GetActionBatchRequest(requests=requests)).items
+    assert [item.status.code for item in items] == [0] * 20
+    for request, item in zip(requests, items, strict=True):
+        alone = running.stub.GetAction(request)
+        np.testing.assert_allclose(
+            unpack_action(item.response.action, ACTION), unpack_action(alone.action, ACTION), atol=1e-6
+        )
+        assert (item.response.policy, item.response.version) == (alone.policy, alone.version)
+
+
+def test_each_item_has_its_own_status(running):
+    requests = [
+        acting(1),
+        pb.GetActionRequest(),
+        acting(2, policy="other"),
+        acting(3, episode_id="e"),
+        acting(4, step=4),
+        acting(5, age_us=10**9),
+        acting(6, mode=9),
+        acting(7),
+    ]
+    items = running.stub.GetActionBatch(pb.GetActionBatchRequest(requests=requests)).items
+    assert [item.status.code for item in items] == [0, 3, 5, 3, 3, 11, 3, 0]
+    assert items[2].status.message.startswith("policy: expected one of")
+    assert not items[1].HasField("response")
+    assert items[7].response.policy == "tiny"
+
+
+def test_a_batch_may_ask_several_policies(serve, healthy, tmp_path):
+    other = tiny_policy_file(tmp_path / "other.onnx", weight=2.0)
+    running = serve(policy=(f"a={healthy}", f"b={other}"))
+    requests = [acting(i, policy="ab"[i % 2]) for i in range(6)]
+    items = running.stub.GetActionBatch(pb.GetActionBatchRequest(requests=requests)).items
+    assert [item.response.policy for item in items] == ["a", "b"] * 3
+    assert items[0].response.action != running.stub.GetAction(acting(0, policy="b")).action
+    assert sum(session.runs for session in running.sessions.values()) == 3
+
+
+@pytest.mark.parametrize("count", [0, 257])
+def test_a_batch_has_a_size(running, count):
+    requests = [pb.GetActionRequest()] * count
+    assert refusal(running.stub.GetActionBatch, pb.GetActionBatchRequest(requests=requests))[0] == "INVALID_ARGUMENT"

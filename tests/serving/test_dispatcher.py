@@ -1,0 +1,172 @@
+"""The line before the model: bounded, fair, in order, and nobody computes for those who left."""
+
+import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from protos.errors import Rejected, Status
+from serving.dispatcher import Caller, Dispatcher
+from serving.policy import Proposal
+
+
+class Model:
+    """Stands for a policy: answers with what it is asked, when it is allowed to."""
+
+    def __init__(self):
+        self.go, self.runs, self.lock = threading.Semaphore(0), [], threading.Lock()
+
+    def act_many(self, observations):
+        with self.lock:
+            self.runs.append(list(observations))
+        assert self.go.acquire(timeout=10)
+        if "fail" in observations:
+            raise RuntimeError("the model failed")
+        return [Proposal(o, o, None) for o in observations]
+
+
+@pytest.fixture
+def model():
+    return Model()
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor(32) as pool:
+        yield pool
+
+
+def caller(name="a", within_s=math.inf, alive=lambda: True):
+    return Caller(name, time.monotonic() + within_s, alive)
+
+
+def until(condition):
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("waited in vain")
+
+
+def ask(pool, dispatcher, model, observation, who=None):
+    """Ask in a thread, and return when it stands in its place."""
+    before = dispatcher.running + dispatcher.waiting
+    future = pool.submit(dispatcher.act, model, [observation], who or caller(observation))
+    until(lambda: future.done() or dispatcher.running + dispatcher.waiting > before)
+    return future
+
+
+def test_as_many_run_as_may_and_the_rest_wait_in_order(pool, model):
+    dispatcher = Dispatcher(concurrency=2, queue=4)
+    calls = [ask(pool, dispatcher, model, name) for name in "abcdef"]
+    assert (dispatcher.running, dispatcher.waiting) == (2, 4)
+    for done in range(1, len(calls) + 1):
+        model.go.release()
+        until(lambda done=done: sum(c.done() for c in calls) == done)
+        assert len(model.runs) == min(done + 2, len(calls))
+    assert [call.result(5).proposals[0].action for call in calls] == list("abcdef")
+    assert {run[0] for run in model.runs[:2]} == {"a", "b"}
+    assert [run[0] for run in model.runs[2:]] == list("cdef")
+    assert (dispatcher.running, dispatcher.waiting) == (0, 0)
+
+
+def test_beyond_the_line_is_refused_at_once(pool, model):
+    dispatcher = Dispatcher(concurrency=1, queue=2)
+    calls = [ask(pool, dispatcher, model, name) for name in "abc"]
+    with pytest.raises(Rejected, match="at most 2 waiting calls, got 3") as refused:
+        dispatcher.act(model, ["d"], caller("d"))
+    assert refused.value.status is Status.RESOURCE_EXHAUSTED
+    for _ in calls:
+        model.go.release()
+    assert [call.result(5).proposals[0].action for call in calls] == list("abc")
+
+
+def test_one_client_can_take_neither_all_places_nor_all_of_the_line(pool, model):
+    dispatcher = Dispatcher(concurrency=2, queue=2)
+    flood = [ask(pool, dispatcher, model, i, caller("flood")) for i in range(2)]
+    assert (dispatcher.running, dispatcher.waiting) == (1, 1)
+    with pytest.raises(Rejected, match="of one client"):
+        dispatcher.act(model, [9], caller("flood"))
+    robot = ask(pool, dispatcher, model, "robot")
+    assert dispatcher.running == 2
+    for _ in range(3):
+        model.go.release()
+    assert robot.result(5).proposals[0].action == "robot"
+    assert all(call.result(5) for call in flood)
+
+
+def test_who_ran_out_of_time_in_the_line_never_reaches_the_model(pool, model):
+    dispatcher = Dispatcher(concurrency=1, queue=4)
+    first = ask(pool, dispatcher, model, "first")
+    late = ask(pool, dispatcher, model, "late", caller("late", within_s=0.05))
+    with pytest.raises(Rejected) as refused:
+        late.result(5)
+    assert refused.value.status is Status.DEADLINE_EXCEEDED
+    model.go.release()
+    assert first.result(5)
+    with pytest.raises(Rejected):
+        dispatcher.act(model, ["dead"], caller("dead", within_s=0))
+    assert model.runs == [["first"]]
+    assert dispatcher.expired == 2
+
+
+def test_who_left_makes_room(pool, model):
+    dispatcher, here = Dispatcher(concurrency=1, queue=1), {"gone": True}
+    first = ask(pool, dispatcher, model, "first")
+    gone = ask(pool, dispatcher, model, "gone", caller("gone", alive=lambda: here["gone"]))
+    here["gone"] = False
+    second = pool.submit(dispatcher.act, model, ["second"], caller("second"))
+    with pytest.raises(Rejected):
+        gone.result(5)
+    model.go.release(2)
+    assert first.result(5)
+    assert second.result(5)
+    assert model.runs == [["first"], ["second"]]
+
+
+def test_an_error_reaches_its_caller_and_frees_the_place(pool, model):
+    dispatcher = Dispatcher(concurrency=1, queue=2)
+    model.go.release(2)
+    with pytest.raises(RuntimeError, match="the model failed"):
+        dispatcher.act(model, ["fail"], caller())
+    assert dispatcher.act(model, ["fine"], caller()).proposals[0].action == "fine"
+
+
+def test_who_waits_for_the_same_policy_shares_a_run(pool, model):
+    dispatcher, other = Dispatcher(concurrency=1, queue=8, max_batch=3), Model()
+    calls = {name: ask(pool, dispatcher, model, name) for name in ("first", "b", "c")}
+    stranger = ask(pool, dispatcher, other, "other")
+    calls |= {name: ask(pool, dispatcher, model, name) for name in ("d", "e")}
+    model.go.release(3)
+    other.go.release()
+    assert {name: call.result(5).proposals[0].action for name, call in calls.items()} == {n: n for n in calls}
+    assert stranger.result(5).proposals[0].action == "other"
+    assert model.runs == [["first"], ["b", "c", "d"], ["e"]]
+
+
+def test_a_failure_of_a_shared_run_is_everyones(pool, model):
+    dispatcher = Dispatcher(concurrency=1, queue=8, max_batch=3)
+    calls = [ask(pool, dispatcher, model, name) for name in ("first", "fail", "c")]
+    model.go.release(2)
+    assert calls[0].result(5)
+    for call in calls[1:]:
+        with pytest.raises(RuntimeError):
+            call.result(5)
+    assert (dispatcher.running, dispatcher.waiting) == (0, 0)
+
+
+def test_many_threads_leave_nothing_behind(pool):
+    dispatcher, model = Dispatcher(concurrency=3, queue=6, max_batch=2), Model()
+    model.go.release(10_000)
+
+    def one(i):
+        try:
+            turn = dispatcher.act(model, [i], caller(f"client {i % 5}", within_s=(0.0005, 5)[i % 2]))
+            return turn.proposals[0].action == i
+        except Rejected:
+            return True
+
+    assert all(pool.map(one, range(2000)))
+    assert (dispatcher.running, dispatcher.waiting) == (0, 0)

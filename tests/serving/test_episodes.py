@@ -1,0 +1,217 @@
+"""Episodes: a pinned policy, steps answered once and in order, limits of their own."""
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from protos.codec import unpack_action
+from protos.equiserve.v1 import policy_pb2 as pb
+from protos.spaces import ACTION, SPEC
+from tests.makers import small_spec, tiny_policy_file
+from tests.serving.requests import acting, refusal
+
+
+@pytest.fixture
+def episode(running):
+    """(stub, id of a new episode)"""
+    started = running.stub.StartEpisode(pb.StartEpisodeRequest())
+    yield running.stub, started.episode_id
+    running.server.sessions.end(started.episode_id)
+
+
+def test_an_episode_says_what_it_pinned(running):
+    started = running.stub.StartEpisode(
+        pb.StartEpisodeRequest(contract=small_spec().to_json(), limits={"planar": 0.02})
+    )
+    assert (started.policy, started.version) == ("tiny", running.policy.version)
+    assert started.contract_digest == small_spec().digest
+    assert started.limits["planar"] == pytest.approx(0.02)
+    assert started.limits["lift"] == pytest.approx(0.05)
+    assert running.stub.EndEpisode(pb.EndEpisodeRequest(episode_id=started.episode_id)).steps == 0
+
+
+def test_a_repeat_gets_the_same_bytes_and_asks_the_model_once(episode, running):
+    stub, id_ = episode
+    before = running.runs
+    first = stub.GetAction(acting(1, episode_id=id_, step=0))
+    again = stub.GetAction(acting(1, episode_id=id_, step=0, age_us=30_000))
+    assert first.SerializeToString() == again.SerializeToString()
+    assert running.runs == before + 1
+
+
+def test_an_older_step_is_refused(episode):
+    stub, id_ = episode
+    stub.GetAction(acting(1, episode_id=id_, step=5))
+    code, parts = refusal(stub.GetAction, acting(2, episode_id=id_, step=4))
+    assert (code, parts["field"], parts["got"]) == ("OUT_OF_RANGE", "step", "4")
+    stub.GetAction(acting(2, episode_id=id_, step=9))
+
+
+def test_another_frame_under_the_same_step_is_refused(episode):
+    stub, id_ = episode
+    stub.GetAction(acting(1, episode_id=id_, step=5))
+    code, parts = refusal(stub.GetAction, acting(2, episode_id=id_, step=5))
+    assert (code, parts["field"]) == ("FAILED_PRECONDITION", "step")
+    assert "depth" in parts["got"]
+
+
+def test_a_step_that_failed_was_not_taken(episode):
+    stub, id_ = episode
+    assert refusal(stub.GetAction, acting(1, episode_id=id_, step=1, age_us=10**9))[0] == "OUT_OF_RANGE"
+    stub.GetAction(acting(1, episode_id=id_, step=1))
+    stub.GetAction(acting(2, episode_id=id_, step=2))
+
+
+def test_doubles_that_race_get_one_answer(episode, running):
+    stub, id_ = episode
+    for step in range(30):
+        before = running.runs
+        calls = [stub.GetAction.future(acting(step, episode_id=id_, step=step)) for _ in range(2)]
+        first, second = (call.result() for call in calls)
+        assert first.SerializeToString() == second.SerializeToString()
+        assert running.runs == before + 1
+
+
+@pytest.mark.parametrize("settled", [{"policy": "tiny"}, {"mode": pb.MODE_SAMPLE}, {"seed": 4}], ids=str)
+def test_what_was_settled_may_be_repeated_and_not_changed(running, settled):
+    other = {"policy": "other", "mode": pb.MODE_GREEDY, "seed": 5}
+    started = running.stub.StartEpisode(pb.StartEpisodeRequest(**settled))
+    running.stub.GetAction(acting(1, episode_id=started.episode_id, step=1, **settled))
+    changed = {name: other[name] for name in settled}
+    code, parts = refusal(running.stub.GetAction, acting(2, episode_id=started.episode_id, step=2, **changed))
+    assert (code, parts["field"]) == ("FAILED_PRECONDITION", next(iter(settled)))
+
+
+def test_an_episode_keeps_its_version(serve, healthy, tmp_path):
+    newer = tiny_policy_file(tmp_path / "newer.onnx", weight=1.5)
+    running = serve(policy=(f"door={healthy}", f"door={newer}"))
+    old, new = (p.version for p in running.server.registry)
+    pinned = running.stub.StartEpisode(pb.StartEpisodeRequest(version=old)).episode_id
+    running.server.registry.remove("door", old)
+    assert running.stub.GetAction(acting(1, episode_id=pinned, step=1)).version == old
+    assert running.stub.GetAction(acting(1)).version == new
+
+
+def test_another_contract_is_refused_by_the_field_that_differs(running):
+    code, parts = refusal(running.stub.StartEpisode, pb.StartEpisodeRequest(contract=SPEC.to_json()))
+    assert (code, parts["field"]) == ("FAILED_PRECONDITION", "contract.observation.height")
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        (pb.StartEpisodeRequest(contract="{"), "contract"),
+        (pb.StartEpisodeRequest(contract="[]"), "contract"),
+        (pb.StartEpisodeRequest(mode=9), "mode"),
+        (pb.StartEpisodeRequest(policy="other"), "policy"),
+        (pb.StartEpisodeRequest(version="other"), "version"),
+        (pb.StartEpisodeRequest(limits={"planar": 1.0}), "limits['planar']"),
+        (pb.StartEpisodeRequest(limits={"planar": float("nan")}), "limits['planar']"),
+        (pb.StartEpisodeRequest(limits={"speed": 1.0}), "limits['speed']"),
+    ],
+)
+def test_a_start_that_makes_no_sense_is_refused(running, asked, field):
+    assert refusal(running.stub.StartEpisode, asked)[1]["field"] == field
+
+
+def test_limits_of_an_episode_hold_in_it_alone(serve, tmp_path):
+    wild = tiny_policy_file(tmp_path / "p.onnx", breaks=["wild"], golden_from="broken")
+    running = serve(policy=(str(wild),))
+    limits = {"planar": 0.01, "jump_m": 0.002, "jump_rad": 0.01}
+    id_ = running.stub.StartEpisode(pb.StartEpisodeRequest(limits=limits)).episode_id
+    before = None
+    for step in range(12):
+        answer = running.stub.GetAction(acting(step, episode_id=id_, step=step))
+        action = unpack_action(answer.action, ACTION).astype(float)
+        assert np.hypot(*action[1:3]) <= 0.01 + 1e-8
+        if before is not None:
+            assert np.linalg.norm(action[1:4] - before[1:4]) <= 0.002 + 1e-8
+            assert abs(action[4] - before[4]) <= 0.01 + 1e-8
+        before = action
+    free = unpack_action(running.stub.GetAction(acting(1)).action, ACTION)
+    assert np.hypot(*free[1:3]) > 0.01
+
+
+@pytest.mark.parametrize("outcome", [0, pb.EndEpisodeRequest.OUTCOME_SUCCESS])
+def test_an_episode_ends_once(running, outcome):
+    id_ = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
+    running.stub.GetAction(acting(1, episode_id=id_, step=1))
+    assert running.stub.EndEpisode(pb.EndEpisodeRequest(episode_id=id_, outcome=outcome)).steps == 1
+    for method, message in (
+        (running.stub.EndEpisode, pb.EndEpisodeRequest(episode_id=id_)),
+        (running.stub.GetAction, acting(1, episode_id=id_, step=2)),
+    ):
+        assert refusal(method, message)[0] == "NOT_FOUND"
+
+
+def test_episodes_are_bounded_and_idle_ones_forgotten(serve, healthy):
+    running = serve(policy=(str(healthy),), max_episodes=3, episode_idle_s=1.0)
+    ids = [running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id for _ in range(3)]
+    assert refusal(running.stub.StartEpisode, pb.StartEpisodeRequest())[0] == "RESOURCE_EXHAUSTED"
+    for episode in map(running.server.sessions.get, ids[:2]):
+        episode.touched -= 1.0
+    assert refusal(running.stub.GetAction, acting(1, episode_id=ids[0], step=1))[0] == "NOT_FOUND"
+    running.stub.GetAction(acting(1, episode_id=ids[2], step=1))
+    assert running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id not in ids
+
+
+def calls_on_a_bad_network(steps, rng):
+    """(step, how it travels): 1 % each are lost, doubled, swapped with the next, or late by several steps."""
+    queue, late = [], []
+    for step in range(steps):
+        fate = rng.choices(("fine", "lost", "doubled", "late"), (97, 1, 1, 1))[0]
+        if fate == "late":
+            late.append((step, step + rng.randint(2, 5)))
+        elif fate != "lost":
+            queue += [step] * (2 if fate == "doubled" else 1)
+        queue += [old for old, due in late if due == step]
+        if len(queue) > 1 and rng.random() < 0.01:
+            queue[-1], queue[-2] = queue[-2], queue[-1]
+    return queue
+
+
+def test_a_bad_network_brings_nothing_stale_doubled_or_swapped(serve, healthy, policy):
+    running = serve(policy=(str(healthy),), queue=8)
+    assert bad_network(running, policy, 1000) == (0, 0, 0)
+
+
+def bad_network(running, policy, steps):
+    """How many answers were stale (an older step accepted), doubled (computed twice) or swapped (another's)."""
+    from tests.makers import scene
+
+    scenes = 16
+    expected = [policy.act(scene(seed)).action for seed in range(scenes)]
+    stale = doubled = swapped = 0
+    lock = threading.Lock()
+
+    def drive(seed):
+        nonlocal stale, doubled, swapped
+        id_ = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
+        newest, answers = -1, {}
+        for step in calls_on_a_bad_network(steps // 4, random.Random(seed)):
+            request = acting((step + seed) % scenes, episode_id=id_, step=step)
+            if step < newest:
+                accepted = True
+                try:
+                    running.stub.GetAction(request)
+                except Exception:
+                    accepted = False
+                with lock:
+                    stale += accepted
+                continue
+            answer = running.stub.GetAction(request)
+            right = np.allclose(unpack_action(answer.raw_action, ACTION), expected[(step + seed) % scenes], atol=1e-6)
+            with lock:
+                swapped += not right
+                doubled += answers.setdefault(step, answer.request_id) != answer.request_id
+            newest = step
+        taken = running.stub.EndEpisode(pb.EndEpisodeRequest(episode_id=id_)).steps
+        with lock:
+            doubled += taken != len(answers)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(drive, range(4)))
+    return stale, doubled, swapped

@@ -1,0 +1,72 @@
+"""Suspicious frames: a warning in the reply, or a refusal where that was asked for."""
+
+import numpy as np
+import pytest
+
+from protos.equiserve.v1 import policy_pb2 as pb
+from protos.spaces import Observation
+from serving.frames import REMEMBERED, FrameRules, FrameWatch
+from tests.makers import scene, small_spec
+from tests.serving.requests import acting, refusal
+
+
+def holey(share):
+    depth = scene(1).depth.copy()
+    depth.reshape(-1)[: int(share * depth.size)] = 0
+    return acting_on(Observation(depth, 0.0))
+
+
+def acting_on(observation):
+    from protos.codec import pack_observation
+
+    return pb.GetActionRequest(observation=pack_observation(observation))
+
+
+def test_a_camera_that_repeats_itself_is_warned_of(serve, healthy):
+    running = serve(policy=(str(healthy),), frozen_after=4)
+    answers = [running.stub.GetAction(acting(1)) for _ in range(5)]
+    assert [len(a.warnings) for a in answers] == [0, 0, 0, 1, 1]
+    assert "the same frame 5 times running" in answers[-1].warnings[0]
+    assert not running.stub.GetAction(acting(2)).warnings
+
+
+def test_a_camera_that_sees_little_is_warned_of(running):
+    assert not running.stub.GetAction(holey(0.19)).warnings
+    (warning,) = running.stub.GetAction(holey(0.5)).warnings
+    assert "got 50%" in warning
+
+
+@pytest.mark.parametrize("message", [holey(0.5), None], ids=["few pixels", "frozen"])
+def test_they_are_refused_where_that_is_asked_for(serve, healthy, message):
+    running = serve(policy=(str(healthy),), frozen_after=2, strict_frames=True)
+    if message is None:
+        message = acting(1)
+        running.stub.GetAction(message)
+    code, parts = refusal(running.stub.GetAction, message)
+    assert (code, parts["field"]) == ("FAILED_PRECONDITION", "observation.depth")
+    running.stub.GetAction(acting(3))
+
+
+def test_every_source_has_its_own_camera():
+    watch, frame = FrameWatch(FrameRules(frozen_after=3)), scene(0)
+    for turn in range(4):
+        warnings = [watch.check(source, b"same", frame) for source in ("a", "b")]
+        assert [bool(w) for w in warnings] == [turn >= 2] * 2
+
+
+def test_a_repeated_step_is_no_frozen_camera(serve, healthy):
+    running = serve(policy=(str(healthy),), frozen_after=2)
+    id_ = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
+    assert not [running.stub.GetAction(acting(1, episode_id=id_, step=1)).warnings for _ in range(4)][-1]
+
+
+def test_memory_is_bounded():
+    watch = FrameWatch(FrameRules())
+    for source in range(3 * REMEMBERED):
+        watch.check(str(source), np.int64(source).tobytes(), scene(0))
+    assert len(watch._last) == REMEMBERED
+
+
+def test_both_can_be_switched_off():
+    watch, blank = FrameWatch(FrameRules(frozen_after=0, invalid_share=1.0)), np.zeros(small_spec().observation.shape)
+    assert not any(watch.check("a", b"same", Observation(blank, 0.0)) for _ in range(20))

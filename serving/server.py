@@ -31,6 +31,7 @@ from serving.errors import PolicyRefused, StartupError
 from serving.frames import FrameWatch
 from serving.library import Library
 from serving.metrics import Metrics
+from serving.parsing import Parser
 from serving.recorder import Recorder
 from serving.registry import Registry
 from serving.security import Certificates, Doorman, Gate
@@ -48,6 +49,7 @@ THREADS = 32
 MAX_CONCURRENT_CALLS = 256
 SWITCH_S = 5e-4
 """How long a thread may keep the interpreter from others: at Python's 5 ms, refusals and health would wait so long."""
+LAME_DUCK_S = 0.2
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 
 
@@ -77,7 +79,10 @@ class Server:
         )
         self._grpc = grpc.server(
             pool,
-            interceptors=[Doorman(self.gate, self.answering.refuse)] if config.tokens else [],
+            interceptors=[
+                *([Doorman(self.gate, self.answering.refuse)] if config.tokens else []),
+                Parser(self.answering.refuse),
+            ],
             options=[
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
                 ("grpc.max_metadata_size", MAX_METADATA_BYTES),
@@ -129,9 +134,17 @@ class Server:
 
     def stop(self) -> None:
         """Report NOT_SERVING, refuse what comes, and return when calls in flight have finished or the grace is over."""
-        self.answering.draining = True
+        already, self.answering.draining = self.answering.draining, True
         self.health.enter_graceful_shutdown()
+        if not already and len(self.metrics.call_counts()):
+            # A call that meets grpc's own shutdown on its way is CANCELLED; for a moment, say UNAVAILABLE instead, so
+            # that callers are elsewhere by then.
+            time.sleep(min(LAME_DUCK_S, self.config.grace_s))
         self._grpc.stop(self.config.grace_s).wait()
+        answered = sum(n for (_, code), n in self.metrics.call_counts().items() if code == "OK")
+        log.info(
+            "stopped: %d calls answered, %d refused", answered, sum(self.metrics.call_counts().values()) - answered
+        )
         if self.recorder is not None:
             self.recorder.close()
             self.recorder = None

@@ -1,0 +1,98 @@
+"""What can be done to a server by many, shared by the tests (short) and tests.benchmarks.serving (long)."""
+
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import grpc
+
+from protos.equiserve.v1 import policy_pb2 as pb
+from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
+from tests.serving.requests import acting
+
+OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+
+
+def connect(address: str) -> grpc.Channel:
+    """A connection of its own, as of another process."""
+    return grpc.insecure_channel(address, options=OWN_CONNECTION)
+
+
+def drained(process: subprocess.Popen[str], address: str, clients: int = 4, before_s: float = 0.4):
+    """SIGTERM under load: (exit status, what the clients saw, what the server says it answered)."""
+    seen, over = Counter(), threading.Event()
+    tally = threading.Lock()
+
+    def drive(start: int) -> None:
+        with connect(address) as channel:
+            stub, picture = pb_grpc.PolicyServiceStub(channel), start
+            while not over.is_set():
+                picture += 1
+                try:
+                    stub.GetAction(acting(picture % 16), timeout=10)
+                    code = "OK"
+                except grpc.RpcError as error:
+                    code = error.code().name
+                    over.wait(0.01 if code == "UNAVAILABLE" else 0)
+                with tally:
+                    seen[code] += 1
+
+    threads = [threading.Thread(target=drive, args=(i,)) for i in range(clients)]
+    for thread in threads:
+        thread.start()
+    time.sleep(before_s)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=30)
+    over.set()
+    for thread in threads:
+        thread.join()
+    (stopped,) = (line for line in log.splitlines() if "stopped: " in line)
+    return process.returncode, seen, int(stopped.split("stopped: ")[1].split()[0])
+
+
+class Vitals:
+    """Memory, threads and descriptors of a process, from /proc."""
+
+    def __init__(self, pid: int) -> None:
+        self._proc = Path(f"/proc/{pid}")
+
+    def rss_mib(self) -> float:
+        pages = int((self._proc / "statm").read_text().split()[1])
+        return pages * 4096 / 2**20
+
+    def threads(self) -> int:
+        return len(list((self._proc / "task").iterdir()))
+
+    def descriptors(self) -> int:
+        return len(list((self._proc / "fd").iterdir()))
+
+    def cpu_s(self) -> float:
+        fields = (self._proc / "stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / 100
+
+
+def rude_client(address: str, rate: float, over: threading.Event, seed: int, seen: Counter) -> None:
+    """20 to 50 calls a second, of which 1 % are cancelled and 1 % are malformed."""
+    rng, picture = random.Random(seed), 0
+    with connect(address) as channel:
+        stub, beat = pb_grpc.PolicyServiceStub(channel), time.perf_counter()
+        while not over.is_set():
+            beat += 1 / rate
+            time.sleep(max(0.0, beat - time.perf_counter()))
+            picture, fate = picture + 1, rng.random()
+            try:
+                if fate < 0.01:
+                    call = stub.GetAction.future(acting(picture % 16), timeout=5)
+                    call.cancel()
+                    seen["cancelled"] += 1
+                elif fate < 0.02:
+                    stub.GetAction(pb.GetActionRequest(observation=pb.Observation(depth=b"nonsense")), timeout=5)
+                else:
+                    stub.GetAction(acting(picture % 16), timeout=5)
+                    seen["OK"] += 1
+            except grpc.RpcError as error:
+                seen[error.code().name] += 1

@@ -1,0 +1,77 @@
+"""Whatever bytes come: a status that says whose mistake it is, no crash, no INTERNAL, no traceback."""
+
+import random
+from collections import Counter
+
+import grpc
+import pytest
+
+from protos.equiserve.v1 import policy_pb2 as pb
+from tests.serving.requests import acting
+
+METHODS = {
+    "GetAction": pb.GetActionRequest,
+    "GetActionBatch": pb.GetActionBatchRequest,
+    "StartEpisode": pb.StartEpisodeRequest,
+    "EndEpisode": pb.EndEpisodeRequest,
+    "GetPolicy": pb.GetPolicyRequest,
+}
+FAULTS = {"INTERNAL", "UNKNOWN", "UNAVAILABLE", "DATA_LOSS", "ABORTED", "DEADLINE_EXCEEDED"}
+SEEDS = {
+    "GetAction": acting(1, policy="tiny"),
+    "GetActionBatch": pb.GetActionBatchRequest(requests=[acting(1), acting(2)]),
+    "StartEpisode": pb.StartEpisodeRequest(policy="tiny", contract="{}", limits={"planar": 0.02}, seed=3),
+    "EndEpisode": pb.EndEpisodeRequest(episode_id="e", outcome=pb.EndEpisodeRequest.OUTCOME_SUCCESS),
+    "GetPolicy": pb.GetPolicyRequest(name="tiny", version="0"),
+}
+
+
+def mutated(content, rng):
+    """One of the ways in which bytes go wrong on their way, or on purpose."""
+    content, kind = bytearray(content), rng.randrange(6)
+    place = rng.randrange(len(content)) if content else 0
+    if kind == 0:
+        return rng.randbytes(rng.choice((0, 1, 2, 7, 40, 300)))
+    if kind == 1:
+        return bytes(content[:place])
+    if kind == 2:
+        content[place:place] = rng.randbytes(rng.randint(1, 9))
+    elif kind == 3:
+        del content[place : place + rng.randint(1, 9)]
+    elif kind == 4:  # tags and lengths are at the beginning and the end
+        for _ in range(rng.randint(1, 4)):
+            edge = rng.randrange(min(40, len(content)))
+            content[edge if rng.random() < 0.5 else -1 - edge] = rng.randrange(256)
+    else:
+        for _ in range(rng.randint(1, 20)):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+    return bytes(content)
+
+
+def fuzz(channel, count, seed=0):
+    """Send so many mutated messages; how often each (method, status) came, and details that should not have."""
+    rng, seen, leaked = random.Random(seed), Counter(), []
+    calls = {
+        name: channel.unary_unary(f"/equiserve.v1.PolicyService/{name}", lambda b: b, lambda b: b) for name in METHODS
+    }
+    contents = {name: message.SerializeToString() for name, message in SEEDS.items()}
+    for _ in range(count):
+        name = rng.choices(list(METHODS), (12, 2, 3, 2, 1))[0]
+        try:
+            calls[name](mutated(contents[name], rng), timeout=10)
+            seen[name, "OK"] += 1
+        except grpc.RpcError as error:
+            seen[name, error.code().name] += 1
+            if "Traceback" in error.details() or 'File "' in error.details() or error.code().name in FAULTS:
+                leaked.append(error.details())
+    return seen, leaked
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_bytes_are_the_servers_fault(serve, healthy, seed, caplog):
+    running = serve(policy=(f"tiny={healthy}",), max_episodes=100_000)
+    seen, leaked = fuzz(running.channel, 1000, seed)
+    assert leaked == []
+    assert len(seen) > len(METHODS)
+    assert "Traceback" not in caplog.text
+    running.stub.GetAction(acting(1))

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import grpc
 from google.protobuf import any_pb2
@@ -54,6 +55,14 @@ class Call:
     def caller(self, within_s: float) -> Caller:
         """Who waits for the model: until his deadline, and no longer than `within_s`."""
         return Caller(self.client, min(self.expires_at, time.monotonic() + within_s), self._context.is_active)
+
+
+class _Status(NamedTuple):
+    """grpc.Status, with the request's id beside the details."""
+
+    code: grpc.StatusCode
+    details: str
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
 
 
 class Answering:
@@ -103,8 +112,9 @@ class Answering:
                 f" ({left_out} more refusals were not written)" if left_out else "",
                 extra={"request_id": call.request_id, "client": call.client, "field": rejected.field},
             )  # fmt: skip
-        context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-        context.abort_with_status(rpc_status.to_status(status_of(rejected)))
+        status = rpc_status.to_status(status_of(rejected))
+        trailing = (*status.trailing_metadata, (REQUEST_ID, call.request_id))
+        context.abort_with_status(_Status(status.code, status.details, trailing))
 
     def _request_id(self, metadata: object) -> str:
         """The caller's own, if it is one, or a new one."""

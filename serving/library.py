@@ -8,7 +8,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +42,8 @@ class Library:
     folder: Path | None
     intra_op_threads: int
     limits: Limits
+    changed: Callable[[], None] = lambda: None
+    """Called when other names than before are live."""
 
     def __post_init__(self) -> None:
         self._named: dict[str, Path] = {}
@@ -68,6 +70,7 @@ class Library:
             known = ", ".join(p.name for p in policies)
             raise StartupError(f"--default-policy must be one of {known}, got {default}")
         self.registry.publish(policies, default)
+        self.changed()
 
     def load(self, name: str) -> Policy:
         """Load the file behind a name again, and go live with it unless the same version is.
@@ -81,7 +84,14 @@ class Library:
             if name not in files:
                 expected = f"one of: {', '.join(sorted(files))}"
                 raise Rejected("name", expected, shown(name), "a name, never a path", Status.NOT_FOUND)
-            return self._renewed(name, files[name])
+            policy = self._renewed(name, files[name])
+        self.changed()
+        return policy
+
+    def unload(self, name: str, version: str = "") -> None:
+        """Raises what Registry.remove raises."""
+        self.registry.remove(name, version)
+        self.changed()
 
     def refresh(self) -> list[str]:
         """Look at every file again: what is new or changed goes live, what vanished from the folder is unloaded.
@@ -105,6 +115,7 @@ class Library:
                     said.append(f"{name} is unloaded")
                 except Rejected as reason:
                     said.append(f"{name} has no file any more and stays: {reason}")
+        self.changed()
         for line in said:
             log.info("policies: %s", line)
         return said

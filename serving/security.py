@@ -142,7 +142,7 @@ class Doorman(grpc.ServerInterceptor):
             return None
 
         def refuse(_request: Any, context: grpc.ServicerContext) -> None:
-            self._refused(method, rejected, context)
+            self._refused(method.rpartition("/")[2], rejected, context)
 
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(refuse)

@@ -40,6 +40,7 @@ from serving.sessions import Sessions
 from serving.tracing import OpenTelemetry, Tracer
 
 log = logging.getLogger(__name__)
+Health = health_pb2.HealthCheckResponse
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """A 128 x 128 frame takes 64 KiB; this leaves room for views of up to 1000 x 1000, or batches of 60."""
@@ -65,10 +66,12 @@ class Server:
         self.registry, self.metrics, self.health = Registry(), Metrics(), health.HealthServicer()
         self.stopping = threading.Event()
         """Set when it is time to `stop`."""
-        self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._reported: set[str] = set()
+        self._report(Health.NOT_SERVING)
         self.library = Library(
-            self.registry, self.metrics, config.policy, config.policies, config.intra_op_threads, config.bounds
-        )
+            self.registry, self.metrics, config.policy, config.policies, config.intra_op_threads, config.bounds,
+            changed=self._report_policies,
+        )  # fmt: skip
         self.gate = Gate(config.tokens)
         self.dispatcher = Dispatcher(config.concurrency, config.queue, config.max_batch)
         self.sessions = Sessions(config.max_episodes, config.episode_idle_s)
@@ -120,7 +123,7 @@ class Server:
     def load(self) -> None:
         """Load, prove and warm up every policy, then go live with all of them."""
         self.library.open(self.config.default_policy)
-        self._report(health_pb2.HealthCheckResponse.SERVING)
+        self._report(Health.SERVING)
 
     def refresh(self) -> None:
         """Look at policies and tokens again; what does not fit changes nothing."""
@@ -129,8 +132,6 @@ class Server:
         except StartupError as error:
             log.error("tokens: the ones before stay: %s", error)
         self.library.refresh()
-        if not self.answering.draining:
-            self._report(health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self) -> None:
         """Report NOT_SERVING, refuse what comes, and return when calls in flight have finished or the grace is over."""
@@ -156,9 +157,17 @@ class Server:
         self.stop()
 
     def _report(self, status: int) -> None:
-        """ "" is the whole server; a policy goes by its name."""
-        for service in ("", *SERVICES, *(p.name for p in self.registry)):
+        for service in ("", *SERVICES):  # "" is the whole server
             self.health.set(service, status)
+
+    def _report_policies(self) -> None:
+        """A policy's health goes by its name."""
+        live = {p.name for p in self.registry}
+        for name in self._reported - live:
+            self.health.set(name, Health.NOT_SERVING)
+        for name in live if not self.answering.draining else ():
+            self.health.set(name, Health.SERVING)
+        self._reported |= live
 
     def _watch(self) -> None:
         watch = self.metrics.watch

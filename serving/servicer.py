@@ -66,6 +66,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         with self._answering("GetAction", context) as call:
             call.phases.seconds["queue"] = call.pool_s
             if request.episode_id:
+                _require_mode(request.mode)
                 episode = self._sessions.get(request.episode_id)
                 episode.require_pinned(request)
                 return episode.step(request, call.patience_s, lambda before: self._act(request, call, episode, before))
@@ -108,7 +109,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             _require_mode(request.mode)
             limits = self._limits.tightened(self._limits.fields, spec.action, refuse_wider=False)
             envelope = Envelope(spec, limits.tightened(request.limits, spec.action))
-            episode = self._sessions.start(policy, envelope, request.mode, request.seed)
+            episode = self._sessions.start(policy, envelope, request.mode or pb.MODE_GREEDY, request.seed)
             in_force = envelope.limits.in_force(spec.action)
             response = pb.StartEpisodeResponse(
                 episode_id=episode.id,

@@ -20,7 +20,7 @@ Answer = Callable[[NDArray[np.float32] | None], pb.GetActionResponse]
 
 @dataclass(eq=False)
 class Episode:
-    """One run of a robot. `mode` and `seed` are those of StartEpisode."""
+    """One run of a robot. `mode` and `seed` are those of StartEpisode; a mode left out there is greedy here."""
 
     id: str
     policy: Policy
@@ -37,7 +37,7 @@ class Episode:
         settled = {
             "policy": (request.policy, self.policy.name),
             "version": (request.version, self.policy.version),
-            "mode": (request.mode, self.mode),
+            "mode": (request.mode and pb.Mode.Name(request.mode), pb.Mode.Name(self.mode)),
             "seed": (request.seed, self.seed),
         }
         for name, (asked, pinned) in settled.items():

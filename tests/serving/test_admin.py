@@ -3,8 +3,10 @@
 import shutil
 import threading
 
+import grpc
 import onnx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
@@ -144,7 +146,7 @@ def test_a_bad_candidate_never_replaces_a_good_policy(operated, folder, candidat
     assert running.stub.GetAction(acting(), metadata=token).action == answer.action
 
 
-@pytest.mark.parametrize("name", ["", "nothing", "../door", "/etc/passwd", "door.onnx", "door\n", "x" * 5000])
+@pytest.mark.parametrize("name", ["nothing", "../door", "/etc/passwd", "door.onnx", "door\n", "x" * 5000])
 def test_callers_name_policies_and_never_paths(operated, name):
     _, admin, token = operated
     code, parts = refusal(admin.LoadPolicy, pb.LoadPolicyRequest(name=name), metadata=token)
@@ -160,7 +162,7 @@ def test_the_default_is_chosen_and_not_taken_away(operated):
     assert refusal(running.stub.GetAction, acting(policy="door"), metadata=token)[0] == "NOT_FOUND"
 
 
-@pytest.mark.parametrize("method", ["UnloadPolicy", "SetDefaultPolicy"])
+@pytest.mark.parametrize("method", ["LoadPolicy", "UnloadPolicy", "SetDefaultPolicy"])
 @pytest.mark.parametrize("name", ["", "nothing"])
 def test_a_change_must_say_what_it_means(operated, method, name):
     _, admin, token = operated
@@ -222,3 +224,22 @@ def reloads_under_load(running, admin, token, folder, *, reloads, clients):
     for thread in threads:
         thread.join()
     return errors, mixed
+
+
+def test_health_knows_every_policy_by_its_name(operated, folder):
+    running, admin, token = operated
+
+    def health(name):
+        try:
+            asked = health_pb2.HealthCheckRequest(service=name)
+            return health_pb2_grpc.HealthStub(running.channel).Check(asked).status
+        except grpc.RpcError as error:
+            return error.code().name
+
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    assert (health("door"), health("third")) == (serving, "NOT_FOUND")
+    tiny_policy_file(folder / "third.onnx", weight=3.0)
+    admin.LoadPolicy(pb.LoadPolicyRequest(name="third"), metadata=token)
+    assert health("third") == serving
+    admin.UnloadPolicy(pb.UnloadPolicyRequest(name="third"), metadata=token)
+    assert health("third") == not_serving

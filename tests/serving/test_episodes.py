@@ -75,9 +75,11 @@ def test_doubles_that_race_get_one_answer(episode, running):
         assert running.runs == before + 1
 
 
-@pytest.mark.parametrize("settled", [{"policy": "tiny"}, {"mode": pb.MODE_SAMPLE}, {"seed": 4}], ids=str)
+@pytest.mark.parametrize(
+    "settled", [{"policy": "tiny"}, {"mode": pb.MODE_SAMPLE}, {"mode": pb.MODE_GREEDY}, {"seed": 4}], ids=str
+)
 def test_what_was_settled_may_be_repeated_and_not_changed(running, settled):
-    other = {"policy": "other", "mode": pb.MODE_GREEDY, "seed": 5}
+    other = {"policy": "other", "mode": pb.MODE_GREEDY + pb.MODE_SAMPLE - settled.get("mode", 0), "seed": 5}
     started = running.stub.StartEpisode(pb.StartEpisodeRequest(**settled))
     running.stub.GetAction(acting(1, episode_id=started.episode_id, step=1, **settled))
     changed = {name: other[name] for name in settled}

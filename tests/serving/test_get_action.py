@@ -327,3 +327,12 @@ def test_the_model_does_not_think_for_callers_who_left(held):
     assert patient.result().timing.queue_us > 150_000
     assert running.runs == 2
     assert running.server.dispatcher.expired == 1
+
+
+def test_a_refusal_and_an_answer_tell_their_request_id(running):
+    with pytest.raises(grpc.RpcError) as refused:
+        running.stub.GetAction(pb.GetActionRequest(), metadata=(("x-request-id", "mine-7"),))
+    assert ("x-request-id", "mine-7") in [tuple(pair) for pair in refused.value.trailing_metadata()]
+    assert running.stub.GetAction(request(), metadata=(("x-request-id", "mine-8"),)).request_id == "mine-8"
+    forged = running.stub.GetAction(request(), metadata=(("x-request-id", "a b"),)).request_id
+    assert forged != "a b"

@@ -1,27 +1,32 @@
 """Flight recordings on disk: MCAP files that Foxglove and every MCAP tool open, one protobuf message a topic.
 
 Every message is a chunk of its own, compressed and with its CRC: whatever ends the process, all but the last is whole.
+LZ4, because mcap makes a new zstd context for each chunk: 64 KiB take 14 us instead of 66, and a noisy frame 30 % more.
+The reader is stricter than mcap's own, which skips what it does not know and cannot tell a cut file from a damaged one.
 """
 
+import contextlib
 import io
-import zlib
-from collections.abc import Iterator
+import os
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 from google.protobuf.message import DecodeError, Message
-from mcap.exceptions import McapError
-from mcap.records import Channel, Schema
+from mcap.opcode import Opcode
+from mcap.records import Channel, Chunk, McapRecord, Schema
 from mcap.records import Message as McapMessage
-from mcap.stream_reader import CRCValidationError, StreamReader
-from mcap.writer import IndexType, Writer
+from mcap.stream_reader import breakup_chunk
+from mcap.writer import MCAP0_MAGIC as MAGIC
+from mcap.writer import CompressionType, IndexType, Writer
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status
 
-PROFILE = "equiserve.v1"
+PROFILE, LIBRARY = "equiserve.v1", "equiserve"
 SUFFIX = ".mcap"
 TOPICS: dict[str, type[Message]] = {
     "policy": pb.FlightPolicy,
@@ -31,6 +36,12 @@ TOPICS: dict[str, type[Message]] = {
 }
 RECORD_LIMIT = 64 * 2**20
 """No record of ours is longer; a length beyond it is damage."""
+INDEX_BYTES = 80
+"""What the index at a file's end takes for each message."""
+_HEAD = struct.Struct("<BQ")  # of a record: its kind and length
+_CHUNK = struct.Struct("<QQQII3sQ")  # of a chunk: first and last time, size, CRC, "lz4", compressed size
+_HEADER_BYTES = len(PROFILE) + len(LIBRARY) + 8
+_DATA_END_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -42,36 +53,84 @@ class Entry:
 
 
 class FlightFile:
-    """A recording under way. Not thread-safe."""
+    """A recording under way. Not thread-safe.
+
+    An OSError, as of a full disk, ends it: it is closed, and ends with the last whole message; without one, it is gone.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._stream: IO[bytes] = path.open("xb")
-        self._writer = Writer(self._stream, chunk_size=1, index_types=IndexType.CHUNK)
-        self._writer.start(PROFILE, "equiserve")
+        self._path, self._written, self._messages, self._described = path, 0, 0, 0
+        self._file = path.open("xb", buffering=0)
+        self._held = _Held()
+        self._writer = Writer(self._held, 1, CompressionType.LZ4, IndexType.CHUNK)
+        self._writer.start(PROFILE, LIBRARY)
         self._channels = {topic: self._channel(topic, kind) for topic, kind in TOPICS.items()}
-        self._stream.flush()
+        self._put()
 
     def write(self, message: Message, time_ns: int) -> int:
-        """Append one message; the file's size afterwards. Raises OSError."""
+        """Append one message; how large the file would be if it were closed now. Raises OSError."""
         topic = next(name for name, kind in TOPICS.items() if isinstance(message, kind))
         data = message.SerializeToString()
         self._writer.add_message(self._channels[topic], time_ns, data, time_ns)
-        self._stream.flush()
-        return self._stream.tell()
+        self._put()
+        self._messages += 1
+        return self._written + self._described + self._messages * INDEX_BYTES
 
     def close(self) -> None:
         """Write the index and close. Raises OSError when there is no room for it; what was written stays readable."""
-        try:
+        if not self._file.closed:
             self._writer.finish()
-        finally:
-            self._stream.close()
+            self._put()
+            self._file.close()
+
+    def _put(self) -> None:
+        """All that is held, or nothing: part of a record would be damage."""
+        data = self._held.take()
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._written)
+            self._file.close()
+            if not self._messages:
+                self._path.unlink(missing_ok=True)
+            raise
+        self._written += len(data)
 
     def _channel(self, topic: str, kind: type[Message]) -> int:
         file = FileDescriptorProto()
         kind.DESCRIPTOR.file.CopyToProto(file)
         described = FileDescriptorSet(file=[file]).SerializeToString()
+        self._described += len(described)
         schema = self._writer.register_schema(kind.DESCRIPTOR.full_name, "protobuf", described)
         return self._writer.register_channel(topic, "protobuf", schema)
+
+
+class _Held(io.BytesIO):
+    """What the MCAP writer has written and the file has not; positions are those in the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = 0
+
+    def tell(self) -> int:
+        return self.taken + super().tell()
+
+    def take(self) -> bytes:
+        data = self.getvalue()
+        self.taken += len(data)
+        self.seek(0)
+        self.truncate(0)
+        return data
+
+
+class _Damage(Exception):
+    """What was found instead of a record of ours, and where."""
+
+    def __init__(self, at: int, found: str) -> None:
+        super().__init__(f"{found} at byte {at}")
 
 
 def read(path: Path) -> Iterator[Entry]:
@@ -80,30 +139,82 @@ def read(path: Path) -> Iterator[Entry]:
     Raises:
         Rejected: when the file is no recording of ours, or is damaged elsewhere than at its end.
     """
-    channels: dict[int, type[Message]] = {}
     schemas: dict[int, str] = {}
-    kinds = {kind.DESCRIPTOR.full_name: kind for kind in TOPICS.values()}
-    with path.open("rb") as stream:
-        records = StreamReader(
-            io.BufferedReader(stream.raw), validate_crcs=True, record_size_limit=RECORD_LIMIT
-        ).records
-        try:
-            for record in records:
-                if isinstance(record, Schema):
-                    schemas[record.id] = record.name
-                elif isinstance(record, Channel):
-                    kind = kinds.get(schemas.get(record.schema_id, ""))
-                    if kind is None:
-                        raise _refused(path, "topics of an equiserve recording", repr(record.topic))
-                    channels[record.id] = kind
-                elif isinstance(record, McapMessage):
-                    yield Entry(record.log_time, channels[record.channel_id].FromString(record.data))
-        except (CRCValidationError, DecodeError, zlib.error, KeyError) as error:
-            raise _refused(path, "whole records", f"a damaged one: {error}") from error
-        except McapError as error:
-            if stream.tell() == path.stat().st_size and channels:
-                return  # the process ended while it wrote
-            raise _refused(path, "an MCAP file", f"{type(error).__name__} {error}") from error
+    channels: dict[int, type[Message]] = {}
+    try:
+        with path.open("rb") as stream:
+            for at, chunk in _chunks(stream):
+                for record in _inside(at, chunk):
+                    if isinstance(record, Schema):
+                        schemas[record.id] = record.name
+                    elif isinstance(record, Channel):
+                        channels[record.id] = _kind(at, record.topic, schemas.get(record.schema_id, ""))
+                    elif isinstance(record, McapMessage):
+                        yield Entry(record.log_time, _message(at, record, channels))
+    except _Damage as damage:
+        raise _refused(path, "an undamaged recording of equiserve", str(damage)) from damage
+    except OSError as error:
+        raise _refused(path, "a file that can be read", str(error.strerror)) from error
+
+
+def _kind(at: int, topic: str, schema: str) -> type[Message]:
+    kind = TOPICS.get(topic)
+    if kind is None or schema != kind.DESCRIPTOR.full_name:
+        raise _Damage(at, f"a topic {topic!r} of {schema!r}")
+    return kind
+
+
+def _message(at: int, record: McapMessage, channels: Mapping[int, type[Message]]) -> Message:
+    try:
+        return channels[record.channel_id].FromString(record.data)
+    except (KeyError, DecodeError) as error:
+        raise _Damage(at, f"a message that is none of ours ({error})") from error
+
+
+def _inside(at: int, chunk: Chunk) -> list[McapRecord]:
+    try:
+        return breakup_chunk(chunk, validate_crc=True)
+    except Exception as error:  # those of mcap, lz4 and struct share no base class
+        raise _Damage(at, f"a damaged record ({error})") from error
+
+
+def _chunks(stream: BinaryIO) -> Iterator[tuple[int, Chunk]]:
+    """Where each whole chunk begins, and the chunk. What comes behind the data, the index, is not looked at.
+
+    Raises:
+        _Damage: where something else follows than the end, be it cut off or not.
+    """
+    end = stream.seek(0, os.SEEK_END)
+    stream.seek(max(end - len(MAGIC), 0))
+    complete = end > len(MAGIC) and stream.read() == MAGIC
+    stream.seek(0)
+    if not MAGIC.startswith(magic := stream.read(len(MAGIC))):
+        raise _Damage(0, repr(magic))
+    while len(head := stream.read(_HEAD.size)) == _HEAD.size:
+        at = stream.tell() - _HEAD.size
+        kind, length = _HEAD.unpack(head)
+        if not _is_ours(kind, length, at):
+            raise _Damage(at, f"a record of kind {kind}, {length} bytes,")
+        content = stream.read(length)
+        if kind == Opcode.DATA_END:
+            return
+        if kind == Opcode.CHUNK and len(content) >= _CHUNK.size:
+            first, last, size, crc, letters, name, compressed = _CHUNK.unpack_from(content)
+            if (letters, name, compressed) != (3, b"lz4", length - _CHUNK.size):
+                raise _Damage(at, "a record whose lengths contradict each other")
+            if len(content) == length:
+                yield at, Chunk("lz4", content[_CHUNK.size :], last, first, crc, size)
+    if complete:
+        raise _Damage(end, "an end that does not belong to what is before it")
+
+
+def _is_ours(kind: int, length: int, at: int) -> bool:
+    """Whether such a record may stand there; one that is skipped, or taken for the end, would hide what is behind."""
+    if at == len(MAGIC):
+        return kind == Opcode.HEADER and length == _HEADER_BYTES
+    if kind == Opcode.CHUNK:
+        return _CHUNK.size <= length <= RECORD_LIMIT
+    return kind == Opcode.DATA_END and length == _DATA_END_BYTES
 
 
 def files_of(path: Path) -> list[Path]:

@@ -5,12 +5,12 @@ and counted, and acting never waits.
 """
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from queue import SimpleQueue
 
 from google.protobuf.message import Message
 
@@ -20,13 +20,17 @@ from serving.flight import SUFFIX, FlightFile
 
 log = logging.getLogger(__name__)
 
-WAITING = 512
-"""Messages between a call and the disk: 32 MiB of frames, some seconds of a stalled disk."""
+WAITING_BYTES = 32 * 2**20
+"""Between the calls and the disk: 512 frames of 128 x 128, some seconds of a stalled disk."""
 TRY_AGAIN_S = 1.0
+GATHER_S = 0.02
+"""How long messages gather before they are written together: the work of one call must not fall into the next."""
 
 
 class Recorder:
-    """Writes into `folder`, a new file after `file_bytes`, at most `total_bytes` of them.
+    """Writes into `folder`, a new file after `file_bytes`; the oldest go when there would be more than `total_bytes`.
+
+    A file ends with the message that fills it, so it is larger by a part of that one.
 
     Args:
         live: the policies that act, for the beginning of each file.
@@ -38,12 +42,16 @@ class Recorder:
     def __init__(
         self, folder: Path, file_bytes: int, total_bytes: int, live: Callable[[], Iterable[pb.PolicyInfo]]
     ) -> None:
-        self._folder, self._file_bytes, self._total_bytes, self._live = folder, file_bytes, total_bytes, live
+        self._folder, self._live = folder, live
+        self._file_bytes, self._total_bytes = min(file_bytes, total_bytes), total_bytes
         self.recorded = self.dropped = 0
-        self._queue: queue.Queue[tuple[Message, int] | None] = queue.Queue(WAITING)
+        self._queue: SimpleQueue[tuple[Message, int, int] | None] = SimpleQueue()
+        self._waiting_bytes = 0
+        self._counting, self._closing = threading.Lock(), threading.Event()
         self._file: FlightFile | None = None
-        self._size, self._opened, self._blocked_until = 0, 0, 0.0
-        self._known: set[tuple[str, str]] = set()
+        self._opened, self._blocked_until, self._failing = 0, 0.0, False
+        self._infos: dict[tuple[str, str], pb.PolicyInfo] = {}
+        self._described: set[tuple[str, str]] = set()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / ".writable"
@@ -56,58 +64,87 @@ class Recorder:
 
     def put(self, message: Message) -> None:
         """Hand over; the message must not change any more."""
-        try:
-            self._queue.put_nowait((message, time.time_ns()))
-        except queue.Full:
-            self.dropped += 1
+        size = message.ByteSize()
+        with self._counting:
+            if self._waiting_bytes + size > WAITING_BYTES:
+                self.dropped += 1
+                return
+            self._waiting_bytes += size
+        self._queue.put((message, time.time_ns(), size))
 
     def close(self, patience_s: float = 5.0) -> None:
         """Write what waits, and the file's index."""
-        try:
-            self._queue.put(None, timeout=patience_s)
-        except queue.Full:
-            log.error("recorder: the disk did not keep up; the last messages are lost")
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._queue.put(None)
         self._thread.join(patience_s)
+        if self._thread.is_alive():
+            log.error("recorder: the disk did not keep up; the last messages are lost")
 
     def _write_all(self) -> None:
-        while (item := self._queue.get()) is not None:
+        while (item := self._next()) is not None:
+            message, time_ns, size = item
             try:
-                self._write(*item)
+                self._write(message, time_ns)
                 self.recorded += 1
+                self._say(None)
             except OSError as error:
-                self.dropped += 1
-                if time.monotonic() >= self._blocked_until:
-                    log.error("recorder: cannot write, dropping: %s", error)
-                    self._blocked_until = time.monotonic() + TRY_AGAIN_S
                 self._close()
+                with self._counting:
+                    self.dropped += 1
+                self._say(error)
+            with self._counting:
+                self._waiting_bytes -= size
         self._close()
+
+    def _next(self) -> tuple[Message, int, int] | None:
+        if self._queue.empty():
+            item = self._queue.get()
+            self._closing.wait(GATHER_S)
+            return item
+        return self._queue.get()
+
+    def _say(self, error: OSError | None) -> None:
+        """Once when it begins to fail, and once when it has ended: a full disk may stay so for days."""
+        if error is not None and not self._failing:
+            log.error("recorder: cannot write, dropping what comes, trying again each %g s: %s", TRY_AGAIN_S, error)
+        elif error is None and self._failing:
+            log.warning("recorder: writes again; %d messages have been dropped", self.dropped)
+        self._failing = error is not None
 
     def _write(self, message: Message, time_ns: int) -> None:
         if self._file is None:
             if time.monotonic() < self._blocked_until:
                 raise OSError("waiting for room")
-            self._open(time_ns)
-        assert self._file is not None
-        if isinstance(message, pb.FlightAction):
-            self._describe(message.response.policy, message.response.version, time_ns)
-        self._size = self._file.write(message, time_ns)
-        if self._size >= self._file_bytes:
+            self._blocked_until = time.monotonic() + TRY_AGAIN_S
+            self._file = self._open(time_ns)
+        if isinstance(message, pb.FlightAction | pb.FlightStart):
+            self._describe(self._file, (message.response.policy, message.response.version), time_ns)
+        size = self._file.write(message, time_ns)
+        self._blocked_until = 0.0
+        if size >= self._file_bytes:
             self._close()
 
-    def _open(self, time_ns: int) -> None:
+    def _open(self, time_ns: int) -> FlightFile:
         self._make_room()
         self._opened += 1
+        self._described = set()
         stamp = datetime.fromtimestamp(time_ns / 1e9, UTC).strftime("%Y%m%dT%H%M%S%f")
-        self._file, self._known = FlightFile(self._folder / f"{stamp}-{self._opened:05d}{SUFFIX}"), set()
+        return FlightFile(self._folder / f"{stamp}-{self._opened:05d}{SUFFIX}")
 
-    def _describe(self, name: str, version: str, time_ns: int) -> None:
-        """Once a file: contract and provenance of what acts, so that the file can be read alone."""
-        if (name, version) in self._known or self._file is None:
+    def _describe(self, file: FlightFile, key: tuple[str, str], time_ns: int) -> None:
+        """Once a file: contract and provenance of what acts, so that the file can be read alone.
+
+        An episode keeps a policy that is no longer live, so what was live before is remembered.
+        """
+        if key in self._described:
             return
-        for info in self._live():
-            if (info.name, info.version) == (name, version):
-                self._file.write(pb.FlightPolicy(policy=info), time_ns)
-                self._known.add((name, version))
+        if key not in self._infos:
+            self._infos |= {(info.name, info.version): info for info in self._live()}
+        if key in self._infos:
+            file.write(pb.FlightPolicy(policy=self._infos[key]), time_ns)
+        self._described.add(key)
 
     def _make_room(self) -> None:
         files = sorted(self._folder.glob(f"*{SUFFIX}"))

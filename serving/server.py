@@ -148,7 +148,6 @@ class Server:
         )
         if self.recorder is not None:
             self.recorder.close()
-            self.recorder = None
 
     def __enter__(self) -> "Server":
         return self

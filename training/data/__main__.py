@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -13,7 +13,8 @@ from protos.errors import Rejected
 from protos.spaces import PolicySpec
 from sim_client.episodes import Episode
 from sim_client.store import About
-from training.data.convert import Foreign, detect, open_dataset, write_dataset
+from training.data.convert import Foreign, Importable, detect, open_dataset, write_dataset
+from training.data.formats.flight import Choice, read_labels
 from training.data.geometry import Geometry
 from training.data.geometry_file import read_geometry
 from training.data.survey import Survey
@@ -115,30 +116,51 @@ class Export:
 
 @dataclass(frozen=True)
 class Import:
-    """Make a dataset to train from out of npz, robomimic or LeRobot data, checked against its contract value by value.
+    """Make a dataset to train from out of npz, robomimic or LeRobot data, or out of what a server recorded.
 
-    Data that `export` wrote need no geometry. For data from elsewhere --geometry says what the numbers mean.
+    Every value is checked against the contract. Data that `export` wrote, and flight recordings, need no geometry. For
+    data from elsewhere --geometry says what the numbers mean.
 
     Example: python -m training.data import lab.npz --geometry camera.toml --output runs/lab
     """
 
     source: tyro.conf.Positional[Path]
-    """A .npz file, a robomimic .hdf5 file or a LeRobotDataset's directory (v3.0 or v2.1)."""
+    """A .npz file, a robomimic .hdf5 file, a LeRobotDataset's directory (v3.0 or v2.1), or what serving.server --record
+    wrote: a folder or one .mcap file."""
     output: Path
     """Directory of the new Minari dataset; must not exist."""
-    format: Foreign | None = None
+    format: Importable | None = None
     """Left out: by the source's name and files."""
     geometry: Path | None = None
     """The view, the units and the names of the source, as docs/camera.toml explains them."""
+    labels: Path | None = None
+    """Of a flight recording: a TOML file with a line EPISODE_ID = true or false for each success or failure. It counts
+    more than what EndEpisode said."""
+    unlabelled: Literal["refuse", "skip", "failure"] = "refuse"
+    """Of a flight recording: what to do with episodes of which neither says how they went."""
+    policy: str = ""
+    """Of a flight recording: only the episodes in which the policy of this name acted."""
 
     def run(self) -> int:
         kind = self.format or detect(self.source)
         if kind == "minari":
             raise Rejected(
-                str(self.source), "an npz, robomimic or LeRobot dataset", "a directory without meta/info.json"
+                str(self.source),
+                "an npz, robomimic or LeRobot dataset or a flight recording",
+                "a directory without meta/info.json and .mcap files",
             )
-        about, episodes = open_dataset(self.source, kind, _geometry(self.geometry))
+        about, episodes = open_dataset(self.source, kind, _geometry(self.geometry), self._choice(kind))
+        left_out = ", ".join(f"{count} {what}" for what, count in about.notes.get("left_out", {}).items())
+        if kind == "flight" and left_out:
+            print(f"warning: {self.source}: left out: {left_out}", file=sys.stderr)
         return _convert(self.output, "minari", about, episodes)
+
+    def _choice(self, kind: str) -> Choice:
+        choice = Choice({} if self.labels is None else read_labels(self.labels), self.unlabelled, self.policy)
+        if kind != "flight" and choice != Choice():
+            flags = "--labels, --unlabelled, --policy"
+            raise Rejected(flags, f"nothing: {self.source} is no flight recording", "a value", "leave them out")
+        return choice
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Datasets of any format, opened and written. A format is a module in `formats` of two functions, read(path, names)
-and write(path, episodes, about), and the names it gives to things; it is imported when it is used."""
+and write(path, episodes, about), and the names it gives to things; it is imported when it is used. Flight recordings
+are read alone."""
 
 import importlib
 from collections.abc import Iterable, Iterator
@@ -7,18 +8,24 @@ from pathlib import Path
 from typing import Literal
 
 from protos.errors import Rejected
+from serving.flight import SUFFIX
 from sim_client import store
 from sim_client.episodes import Episode, check
 from sim_client.store import About
+from training.data.formats import flight
 from training.data.formats.raw import Raw, own
 from training.data.geometry import Geometry
 
 Foreign = Literal["npz", "robomimic", "lerobot"]
+"""What is read and written."""
+Importable = Foreign | Literal["flight"]
 
 
-def detect(path: Path) -> Literal["minari", "npz", "robomimic", "lerobot"]:
+def detect(path: Path) -> Literal["minari"] | Importable:
     """The format of what lies at `path`, by its name and its files. Raises Rejected when it is none of ours."""
     if path.is_dir():
+        if any(path.glob(f"*{SUFFIX}")):
+            return "flight"
         return "lerobot" if (path / "meta/info.json").exists() else "minari"
     if not path.exists():
         raise Rejected(str(path), "a dataset", "nothing there", "python -m sim_client.collect makes one")
@@ -26,27 +33,36 @@ def detect(path: Path) -> Literal["minari", "npz", "robomimic", "lerobot"]:
         return "npz"
     if path.suffix in (".hdf5", ".h5"):
         return "robomimic"
-    formats = "a Minari or LeRobot directory, a .npz file or a robomimic .hdf5 file"
+    if path.suffix == SUFFIX:
+        return "flight"
+    formats = "a Minari or LeRobot directory, a .npz file, a robomimic .hdf5 file or a flight recording"
     raise Rejected(str(path), formats, f"a file named *{path.suffix}", "rename it, or say --format")
 
 
 def open_dataset(
-    path: Path, kind: str | None = None, geometry: Geometry | None = None
+    path: Path,
+    kind: str | None = None,
+    geometry: Geometry | None = None,
+    choice: flight.Choice | None = None,
 ) -> tuple[About, Iterator[Episode]]:
     """What the dataset at `path` says of itself, and its episodes one by one, each checked against its contract.
 
     Args:
         kind: the format; found out when left out.
         geometry: what the numbers of a dataset mean that carries no contract.
+        choice: of a flight recording: which episodes, and what is known of them beside it.
 
     Raises:
         Rejected: naming the file, and episode, step and field of the first thing that is wrong; also while iterating.
     """
-    if (kind or detect(path)) == "minari":
+    kind = kind or detect(path)
+    if kind == "minari":
         return store.read_about(path), store.read(path)
-    module = importlib.import_module(f"training.data.formats.{kind or detect(path)}")
-    names = dict(module.NAMES) | (geometry.names if geometry else {})
-    source = module.read(path, names)
+    if kind == "flight":
+        source = flight.read(path, choice or flight.Choice())
+    else:
+        module = importlib.import_module(f"training.data.formats.{kind}")
+        source = module.read(path, dict(module.NAMES) | (geometry.names if geometry else {}))
     if geometry is not None:
         if source.about is not None:
             raise Rejected("--geometry", f"nothing: {path} carries its contract", "a geometry file", "leave it out")

@@ -1,0 +1,260 @@
+"""The flight recorder: what is on the disk is what happened, and whatever happens to the disk, acting goes on."""
+
+import errno
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from protos.equiserve.v1 import policy_pb2 as pb
+from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
+from serving import recorder as recorder_module
+from serving.errors import StartupError
+from serving.flight import FlightFile, files_of, read
+from serving.recorder import Recorder
+from tests.serving.conftest import address_of
+from tests.serving.requests import acting
+
+INFO = pb.PolicyInfo(name="tiny", version="0123456789ab", contract="{}")
+
+
+def message(number, size=0):
+    """An action with a frame that does not compress."""
+    frame = pb.Observation(depth=np.random.default_rng(number).bytes(size))
+    response = pb.GetActionResponse(policy=INFO.name, version=INFO.version)
+    return pb.FlightAction(request_id=str(number), request=pb.GetActionRequest(observation=frame), response=response)
+
+
+def messages_of(path, kind=None):
+    found = [entry.message for file in files_of(path) for entry in read(file)]
+    return [m for m in found if kind is None or isinstance(m, kind)]
+
+
+def numbers_of(path):
+    return [int(m.request_id) for m in messages_of(path, pb.FlightAction)]
+
+
+def wait_until(condition, timeout_s=10.0):
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it never came about"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def record(tmp_path):
+    """record(...) -> a Recorder into tmp_path, closed after the test."""
+    made = []
+
+    def make(file_bytes=2**20, total_bytes=2**24, live=lambda: [INFO]):
+        made.append(Recorder(tmp_path, file_bytes, total_bytes, live))
+        return made[-1]
+
+    yield make
+    for recorder in made:
+        recorder.close()
+
+
+class Disk:
+    """What a file system does that has `room` bytes left: it takes as many, and then no more."""
+
+    def __init__(self, monkeypatch):
+        self.room = 10**9
+        plain = Path.open
+        monkeypatch.setattr(
+            Path, "open", lambda p, mode="r", *a, **k: OnDisk(self, p, k) if mode == "xb" else plain(p, mode, *a, **k)
+        )
+        self.open = plain
+
+
+class OnDisk:
+    def __init__(self, disk, path, options):
+        self._disk, self._file = disk, disk.open(path, "xb", **options)
+
+    def write(self, data):
+        share = min(len(data), self._disk.room)
+        if not share:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._disk.room -= share
+        return self._file.write(data[:share])
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+def test_it_records_what_was_asked_and_answered(serve, healthy, tmp_path):
+    running = serve(policy=(f"tiny={healthy}",), record=tmp_path)
+    start = pb.StartEpisodeRequest(limits={"planar": 0.02})
+    started = running.stub.StartEpisode(start)
+    asked = [acting(1), acting(2, episode_id=started.episode_id, step=3)]
+    answered = [running.stub.GetAction(request) for request in asked]
+    running.stub.GetAction(asked[1])  # a step that is tried again
+    end = pb.EndEpisodeRequest(episode_id=started.episode_id, outcome=pb.EndEpisodeRequest.OUTCOME_SUCCESS)
+    ended = running.stub.EndEpisode(end)
+    wait_until(lambda: running.stub.GetStats(pb.GetStatsRequest()).recorded == 4)
+
+    described, first, *actions, last = messages_of(tmp_path)
+    assert described.policy == running.policy.info()
+    assert (first.request, first.response) == (start, started)
+    assert [m.request for m in actions] == asked
+    assert [m.response for m in actions] == answered
+    assert [m.request_id for m in actions] == [answer.request_id for answer in answered]
+    assert all(m.client for m in (first, *actions, last))
+    assert (last.request, last.response) == (end, ended)
+
+
+def test_a_refused_call_is_not_recorded(serve, healthy, tmp_path):
+    running = serve(policy=(str(healthy),), record=tmp_path)
+    with pytest.raises(grpc.RpcError):
+        running.stub.GetAction(acting(1, policy="other"))
+    running.stub.GetAction(acting(1))
+    running.server.stop()
+    assert len(messages_of(tmp_path, pb.FlightAction)) == 1
+
+
+def test_files_rotate_and_the_oldest_go(record, tmp_path):
+    """4 KiB a message: about 12 to a file, about 4 files."""
+    file_bytes, total_bytes, size = 100_000, 400_000, 4096
+    recorder = record(file_bytes, total_bytes)
+    for number in range(100):
+        recorder.put(message(number, size))
+        wait_until(lambda number=number: recorder.recorded == number + 1)
+        sizes = [file.stat().st_size for file in files_of(tmp_path)]
+        assert sum(sizes) <= total_bytes + size
+        assert max(sizes) <= file_bytes + 2 * size
+    recorder.close()
+    kept = numbers_of(tmp_path)
+    assert kept == list(range(kept[0], 100))
+    assert len(kept) > 30
+    for file in files_of(tmp_path):
+        assert isinstance(next(read(file)).message, pb.FlightPolicy), "each file can be read alone"
+
+
+def test_a_policy_that_an_episode_keeps_is_described_after_it_was_unloaded(record, tmp_path):
+    live = [INFO]
+    recorder = record(file_bytes=30_000, live=lambda: live)
+    recorder.put(pb.FlightStart(response=pb.StartEpisodeResponse(policy=INFO.name, version=INFO.version)))
+    wait_until(lambda: recorder.recorded == 1)
+    live.clear()
+    for number in range(10):
+        recorder.put(message(number, 8192))
+    recorder.close()
+    assert len(files_of(tmp_path)) > 1
+    for file in files_of(tmp_path):
+        assert len(messages_of(file, pb.FlightPolicy)) == 1
+
+
+def test_a_restart_goes_on_in_the_same_folder(record, tmp_path):
+    for number in range(2):
+        recorder = record()
+        recorder.put(message(number))
+        recorder.close()
+    assert numbers_of(tmp_path) == [0, 1]
+
+
+@pytest.mark.parametrize("room", [0, 30, 2500, 60_000])
+def test_a_full_disk_costs_messages_and_nothing_else(record, tmp_path, monkeypatch, caplog, room):
+    """Full at once, within the header, within the first message, within a later one."""
+    monkeypatch.setattr(recorder_module, "TRY_AGAIN_S", 0.02)
+    disk = Disk(monkeypatch)
+    disk.room = room
+    recorder = record()
+    for number in range(20):
+        recorder.put(message(number, 4096))
+    wait_until(lambda: recorder.recorded + recorder.dropped == 20)
+    assert recorder.dropped > 0
+    assert recorder.recorded == (len(numbers_of(tmp_path)) if recorder.recorded else 0)
+    disk.room = 10**9
+    time.sleep(0.03)
+    lost = recorder.dropped
+    for number in range(20, 25):
+        recorder.put(message(number, 4096))
+    recorder.close()
+    assert recorder.dropped == lost
+    assert numbers_of(tmp_path) == [*range(20 - lost), *range(20, 25)]
+    assert len([r for r in caplog.records if "cannot write" in r.message]) == 1
+    assert len([r for r in caplog.records if "writes again" in r.message]) == 1
+
+
+def test_a_full_disk_is_not_filled_with_empty_files(record, tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder_module, "TRY_AGAIN_S", 0.0)
+    Disk(monkeypatch).room = 60
+    recorder = record()
+    for number in range(50):
+        recorder.put(message(number))
+    recorder.close()
+    assert recorder.dropped == 50
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_when_the_index_is_written_leaves_every_message(record, tmp_path, monkeypatch):
+    disk = Disk(monkeypatch)
+    recorder = record()
+    recorder.put(message(0))
+    wait_until(lambda: recorder.recorded == 1)
+    disk.room = 100
+    recorder.close()
+    assert numbers_of(tmp_path) == [0]
+
+
+def test_acting_goes_on_while_the_disk_is_full(serve, healthy, tmp_path, monkeypatch):
+    Disk(monkeypatch).room = 0
+    running = serve(policy=(str(healthy),), record=tmp_path)
+    for seed in range(10):
+        running.stub.GetAction(acting(seed))
+    wait_until(lambda: running.stub.GetStats(pb.GetStatsRequest()).dropped == 10)
+    assert running.stub.GetStats(pb.GetStatsRequest()).recorded == 0
+
+
+def test_what_does_not_fit_is_dropped_and_counted_and_nobody_waits(record, tmp_path, monkeypatch):
+    """The disk hangs. Eight threads hand over four times what may wait."""
+    monkeypatch.setattr(recorder_module, "WAITING_BYTES", 100 * 4096)
+    go_on, write = threading.Event(), FlightFile.write
+    monkeypatch.setattr(FlightFile, "write", lambda *a: go_on.wait(10) and write(*a))
+    recorder = record()
+    made = message(0, 4000)
+    began = time.perf_counter()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(recorder.put, [made] * 400))
+    took_s = time.perf_counter() - began
+    go_on.set()
+    recorder.close()
+    assert took_s < 2, "400 handovers; the disk would have taken 10 s"
+    assert recorder.recorded + recorder.dropped == 400
+    assert 90 <= recorder.recorded <= 101
+    assert len(numbers_of(tmp_path)) == recorder.recorded
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StartupError, match="--record"):
+        Recorder(tmp_path / "file", 1, 1, lambda: [])
+
+
+def test_after_kill_9_all_that_was_whole_is_read(launch, healthy, tmp_path):
+    process = launch("--policy", healthy, "--listen", "localhost:0", "--record", tmp_path)
+    answered = []
+    with grpc.insecure_channel(address_of(process)) as channel:
+        stub = pb_grpc.PolicyServiceStub(channel)
+
+        def call():
+            try:
+                while True:
+                    answered.append(stub.GetAction(acting(len(answered) % 9), timeout=5))
+            except grpc.RpcError:
+                pass
+
+        calling = threading.Thread(target=call)
+        calling.start()
+        wait_until(lambda: len(answered) >= 50)
+        process.send_signal(signal.SIGKILL)
+        calling.join(10)
+    recorded = [m.response for m in messages_of(tmp_path, pb.FlightAction)]
+    together = min(len(answered), len(recorded))
+    assert recorded[:together] == answered[:together]
+    assert len(answered) // 2 < len(recorded) <= len(answered) + 1

@@ -70,6 +70,15 @@ def actor_gradient(agent: IQL, batch: Batch) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in agent.actor.parameters() if p.grad is not None])
 
 
+def test_while_iql_warms_up_every_action_weighs_the_same():
+    agent, batch = make(IQL, IQLConfig(temperature=0.01, warm_up=2)), batch_of(SMALL)
+    for update in range(4):
+        losses = agent.losses(batch)
+        plain = -agent.actor(batch.state).log_prob(batch.action).mean()
+        assert torch.isclose(losses["losses/actor"], plain) == (update < 2)
+        agent.follow()
+
+
 def test_the_actor_weighs_each_sample_by_its_own_advantage(monkeypatch: pytest.MonkeyPatch) -> None:
     agent, batch = make(IQL, IQLConfig()), batch_of(SMALL)
     monkeypatch.setattr(agent.target_critic, "forward", lambda s, a: torch.tensor([[2.0, -1.0, 0.0, 0.0, 0.0]] * 2))

@@ -60,7 +60,16 @@ def test_a_batch_is_shared_out_among_processes_or_refused() -> None:
 
 def test_two_processes_train_one_agent(reach_path: Path, tmp_path: Path) -> None:
     args = arguments(reach_path, tmp_path / "run", "--updates", "6", "--algo", "cql", "--threads", "1")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "training.run"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "training.run",
+    ]
     done = subprocess.run([*torchrun, *args], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 processes" in done.stdout

@@ -26,11 +26,14 @@ class IQLConfig:
     """Advantage weights are clipped here."""
     target_rate: float = 5e-3
     """How far the target critic moves towards the critic at each update."""
+    warm_up: int = 0
+    """For so many updates every action weighs the same. Advantages of values that are not learned yet are noise, which a
+    small temperature makes large, and an actor does not recover from it in a few thousand updates."""
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.expectile < 1.0:
             raise ValueError(f"expectile must lie in [0.5, 1), got {self.expectile}; the paper uses 0.8")
-        if self.temperature <= 0 or self.largest_weight <= 0 or not 0 < self.target_rate <= 1:
+        if self.temperature <= 0 or self.largest_weight <= 0 or not 0 < self.target_rate <= 1 or self.warm_up < 0:
             raise ValueError(f"temperature, largest_weight and target_rate must be positive, got {self}")
 
 
@@ -46,6 +49,8 @@ class IQL(Agent):
         self.critic = make_critic(networks, spec, equivariant)
         self.value = make_value(networks, spec, equivariant)
         self.target_critic = cast(Critic, frozen_copy_of(make_critic(networks, spec, equivariant), self.critic))
+        self.updates: Tensor
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -53,6 +58,7 @@ class IQL(Agent):
             backup = batch.reward + batch.discount * self.value(batch.next_state)  # [B]
         v = self.value(batch.state)
         weight = advantage_weight(q - v.detach(), self.cfg.temperature, self.cfg.largest_weight)
+        weight = torch.where(self.updates < self.cfg.warm_up, torch.ones_like(weight), weight)
         return {
             "losses/value": expectile_loss(q - v, self.cfg.expectile),  # eq. 5
             "losses/critic": (self.critic(batch.state, batch.action) - backup).square().mean(dim=1).sum(),  # eq. 6
@@ -64,6 +70,7 @@ class IQL(Agent):
 
     def follow(self) -> None:
         polyak(self.target_critic, self.critic, self.cfg.target_rate)
+        self.updates += 1
 
     @property
     def q_function(self) -> Critic:

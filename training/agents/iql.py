@@ -27,8 +27,8 @@ class IQLConfig:
     target_rate: float = 5e-3
     """How far the target critic moves towards the critic at each update."""
     warm_up: int = 0
-    """For so many updates every action weighs the same. Advantages of values that are not learned yet are noise, which a
-    small temperature makes large, and an actor does not recover from it in a few thousand updates."""
+    """For so many updates every action weighs the same. Advantages of values not yet learned are noise, which a small
+    temperature makes large, and an actor does not recover from it in a few thousand updates."""
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.expectile < 1.0:

@@ -23,6 +23,7 @@ from serving.recorder import Recorder
 from serving.registry import Registry
 from serving.sampling import sample
 from serving.sessions import Episode, Sessions
+from serving.stats import stats_of
 
 MAX_BATCH_ITEMS = 256
 
@@ -151,24 +152,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
 
     def GetStats(self, request: pb.GetStatsRequest, context: grpc.ServicerContext) -> pb.GetStatsResponse:
         with self._answering("GetStats", context):
-            recorder, stats = self._recorder(), pb.GetStatsResponse
-            return stats(
-                uptime_s=self._metrics.uptime_s,
-                calls=[stats.Calls(method=m, code=c, count=n) for (m, c), n in self._metrics.call_counts().items()],
-                latencies=[
-                    stats.Latency(phase=phase, p50_ms=p50, p95_ms=p95, p99_ms=p99, max_ms=longest, samples=samples)
-                    for phase, (p50, p95, p99, longest, samples) in self._metrics.quantiles_ms().items()
-                ],
-                interventions=[
-                    stats.Rule(field=f, rule=r, count=n) for (f, r), n in self._metrics.intervention_counts().items()
-                ],
-                running=self._dispatcher.running,
-                waiting=self._dispatcher.waiting,
-                open_episodes=len(self._sessions),
-                recorded=recorder.recorded if recorder else 0,
-                dropped=recorder.dropped if recorder else 0,
-                expired=self._dispatcher.expired,
-            )
+            return stats_of(self._metrics, self._dispatcher, self._sessions, self._recorder())
 
     def _act(
         self,

@@ -1,10 +1,13 @@
 """What a robot's controller imports: PolicyClient(target).act(observation). Needs grpcio, protobuf and numpy alone."""
 
+import itertools
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -24,6 +27,25 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+Outcome = pb.EndEpisodeRequest
+
+
+@dataclass(frozen=True)
+class Tls:
+    """How to trust a server, and to be trusted by it: PEM files.
+
+    Attributes:
+        ca: who signed the server's certificate; None: the authorities that the system trusts.
+        cert, key: this client's own pair, for a server that asks for one.
+    """
+
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        ca, key, cert = (path.read_bytes() if path else None for path in (self.ca, self.key, self.cert))
+        return grpc.ssl_channel_credentials(ca, key, cert)
 
 
 class PolicyError(Exception):
@@ -44,13 +66,17 @@ class Answer:
     """One answer. Actions and std are float32 [A], in the order of the contract's components, in physical units."""
 
     action: NDArray[np.float32]
-    """To apply, within `valid_for_us` of now."""
+    """To apply before `expires_at`."""
     raw_action: NDArray[np.float32]
-    """What the policy said before the server's limits."""
+    """What the policy said before the server's limits. Not to be applied."""
     std: NDArray[np.float32]
     value: float | None
     interventions: tuple[pb.Intervention, ...]
     """Every difference between raw_action and action, with its reason."""
+    hold: bool
+    """The policy had no valid answer; `action` is to stay."""
+    warnings: tuple[str, ...]
+    """What is suspicious about the observation."""
     latency_ms: float
     """From this call's start to its end, retries included."""
     timing: pb.Timing
@@ -58,6 +84,27 @@ class Answer:
     policy: str
     version: str
     valid_for_us: int
+    expires_at: float
+    """time.monotonic() after which `action` must not be applied: counted from the first try's sending."""
+    request_id: str
+    """Also in the server's log and recording."""
+
+
+class Episode:
+    """One run of a robot on one pinned version. Steps count themselves; a retry gets the same answer."""
+
+    def __init__(self, client: "PolicyClient", started: pb.StartEpisodeResponse) -> None:
+        self.id, self.version, self.limits = started.episode_id, started.version, dict(started.limits)
+        self._client, self._steps = client, itertools.count(1)
+        self.outcome = Outcome.OUTCOME_UNSPECIFIED
+
+    def act(self, observation: Observation, pose: Pose | None = None, *, age_us: int = 0) -> Answer:
+        """The next step; as PolicyClient.act."""
+        return self._client._act(observation, pose, age_us, episode_id=self.id, step=next(self._steps))
+
+    def succeeded(self, success: bool = True) -> None:
+        """How it went; told when the episode ends. Recordings are labelled with it."""
+        self.outcome = Outcome.OUTCOME_SUCCESS if success else Outcome.OUTCOME_FAILURE
 
 
 class PolicyClient:
@@ -69,6 +116,8 @@ class PolicyClient:
         timeout_s: deadline of every call, retries included.
         spec: the contract that the caller was built for. Compared with the server's at the first call, which raises
             `protos.errors.Rejected` naming the field that differs; left out, the server's is taken.
+        tls: left out, the connection is not encrypted.
+        token: a bearer token, where the server asks for one. Without `tls` it travels in the clear.
     """
 
     def __init__(
@@ -79,9 +128,15 @@ class PolicyClient:
         *,
         timeout_s: float = 1.0,
         spec: PolicySpec | None = None,
+        tls: Tls | None = None,
+        token: str = "",
     ) -> None:
         self._policy, self._version, self._timeout_s, self._expected = policy, version, timeout_s, spec
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        if tls:
+            self._channel = grpc.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._stub = pb_grpc.PolicyServiceStub(self._channel)
         self._connected: tuple[pb.PolicyInfo, PolicySpec] | None = None
 
@@ -115,22 +170,53 @@ class PolicyClient:
         """The contract: shape and orientation of the view, fields and limits of the action."""
         return self._connect()[1]
 
-    def act(self, observation: Observation, pose: Pose | None = None) -> Answer:
+    def act(self, observation: Observation, pose: Pose | None = None, *, age_us: int = 0) -> Answer:
         """One observation in, one limited motion out.
 
         Args:
             pose: where the gripper is; needed by a server that keeps a workspace.
+            age_us: how old the frame is now, by the caller's own clock.
 
         Raises:
             PolicyError: anything but an answer. Do not move on it.
         """
-        start = time.perf_counter()
-        spec = self.spec
-        request = pb.GetActionRequest(
-            observation=pack_observation(observation, pose=pose),
+        return self._act(observation, pose, age_us, policy=self._policy, version=self._version)
+
+    @contextmanager
+    def episode(
+        self, *, sample: bool = False, seed: int = 0, limits: Mapping[str, float] | None = None
+    ) -> Iterator[Episode]:
+        """An episode, ended when the block is left; an exception inside means that it was aborted.
+
+        Args:
+            sample: draw actions from the policy's distribution, reproducibly by `seed`, instead of the greedy ones.
+            limits: tighter than the server's: by action field, or step_m, jump_m, jump_rad, z_floor_m.
+
+        Raises:
+            PolicyError: when the server does not start it, e.g. because a limit is wider.
+        """
+        asked = pb.StartEpisodeRequest(
             policy=self._policy,
             version=self._version,
-            contract_digest=spec.digest,
+            mode=pb.MODE_SAMPLE if sample else pb.MODE_GREEDY,
+            seed=seed,
+            contract=self.spec.to_json(),
+            limits=limits,
+        )
+        episode = Episode(self, self._call(self._stub.StartEpisode, asked))
+        try:
+            yield episode
+        except BaseException:
+            episode.outcome = Outcome.OUTCOME_ABORTED
+            raise
+        finally:
+            self._end(episode)
+
+    def _act(self, observation: Observation, pose: Pose | None, age_us: int, **whose: Any) -> Answer:
+        spec = self.spec
+        start, sent = time.perf_counter(), time.monotonic()
+        request = pb.GetActionRequest(
+            observation=pack_observation(observation, pose=pose, age_us=age_us), contract_digest=spec.digest, **whose
         )
         response = self._call(self._stub.GetAction, request)
         return Answer(
@@ -139,12 +225,24 @@ class PolicyClient:
             std=unpack_action(response.std, spec.action),
             value=response.value if response.HasField("value") else None,
             interventions=tuple(response.interventions),
+            hold=response.hold,
+            warnings=tuple(response.warnings),
             latency_ms=(time.perf_counter() - start) * 1e3,
             timing=response.timing,
             policy=response.policy,
             version=response.version,
             valid_for_us=response.valid_for_us,
+            expires_at=sent + response.valid_for_us / 1e6,
+            request_id=response.request_id,
         )
+
+    def _end(self, episode: Episode) -> None:
+        """A server that is gone, or has forgotten the episode, must not hide how it went here."""
+        try:
+            self._call(self._stub.EndEpisode, Outcome(episode_id=episode.id, outcome=episode.outcome))
+        except PolicyError as error:
+            if error.code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND):
+                raise
 
     def _connect(self) -> tuple[pb.PolicyInfo, PolicySpec]:
         if self._connected is None:
@@ -162,7 +260,7 @@ class PolicyClient:
         waits = iter(RETRY_AFTER_S)
         while True:
             try:
-                return method(request, timeout=max(deadline - time.monotonic(), 0.0))
+                return method(request, timeout=max(deadline - time.monotonic(), 0.0), metadata=self._metadata)
             except grpc.RpcError as error:
                 wait = next(waits, math.inf) * random.uniform(0.5, 1.0)  # not all robots at once
                 if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() + wait >= deadline:

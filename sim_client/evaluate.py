@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import gymnasium as gym
 import numpy as np
 import tyro
 from numpy.typing import NDArray
@@ -66,18 +67,27 @@ class Evaluate:
 
 
 class Robot:
-    """Acts through a client and keeps what it saw of the service: latencies and interventions."""
+    """Acts through a client, an episode at a time, and keeps what it saw: latencies, interventions, holds."""
 
     def __init__(self, client: PolicyClient) -> None:
         self._client = client
         self.latency_ms: list[float] = []
-        self.interventions = 0
+        self.interventions = self.holds = 0
 
-    def act(self, obs: Obs, info: dict[str, Any]) -> NDArray[np.float32]:
-        answer = self._client.act(observation_of(obs), Pose(*map(float, info["tool_pose"])))
-        self.latency_ms.append(answer.latency_ms)
-        self.interventions += len(answer.interventions)
-        return answer.action
+    def run(self, env: gym.Env[Obs, NDArray[np.float32]], seed: int) -> Episode:
+        """One scene, as one episode of the server: its recording, if it makes one, is labelled with the outcome."""
+        with self._client.episode() as served:
+
+            def act(obs: Obs, info: dict[str, Any]) -> NDArray[np.float32]:
+                answer = served.act(observation_of(obs), Pose(*map(float, info["tool_pose"])))
+                self.latency_ms.append(answer.latency_ms)
+                self.interventions += len(answer.interventions)
+                self.holds += answer.hold
+                return answer.action
+
+            episode = rollout(env, act, seed)
+            served.succeeded(episode.success)
+        return episode
 
 
 def evaluate(config: Evaluate) -> dict[str, Any]:
@@ -92,7 +102,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         start = time.perf_counter()
         with tqdm(range(config.episodes), unit="episode", desc=config.task) as bar:
             for index in bar:
-                episodes.append(rollout(env, robot.act, FIRST_SEED + config.seed * EPISODES_PER_SEED + index))
+                episodes.append(robot.run(env, FIRST_SEED + config.seed * EPISODES_PER_SEED + index))
                 bar.set_postfix_str(f"{sum(e.success for e in episodes)}/{len(episodes)} succeeded")
         seconds = time.perf_counter() - start
     env.close()
@@ -116,6 +126,7 @@ def _report(config: Evaluate, policy: Any, episodes: list[Episode], robot: Robot
         "control_steps": steps,
         "control_steps_per_s": steps / seconds,
         "interventions": robot.interventions,
+        "holds": robot.holds,
         "policy": policy.name,
         "policy_version": policy.version,
         "policy_sha256": policy.sha256,

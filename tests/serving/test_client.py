@@ -14,6 +14,7 @@ from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from protos.errors import Rejected
 from protos.spaces import ACTION, OBSERVATION, PolicySpec, Pose
 from serving.client import PolicyClient, PolicyError
+from serving.flight import files_of, read
 from tests.makers import scene, small_spec
 
 CODES = [code for code in grpc.StatusCode if code not in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)]
@@ -176,3 +177,49 @@ def test_waiting_does_not_hide_another_error(running):
     with PolicyClient(running.server.address, "other") as client, pytest.raises(PolicyError, match="NOT_FOUND"):
         client.wait_ready(20)
     assert time.monotonic() - start < 5
+
+
+def test_an_episode_is_started_stepped_and_ended(serve, healthy, tmp_path):
+    running = serve(policy=(str(healthy),), record=tmp_path / "flight")
+    with PolicyClient(running.server.address) as client:
+        with client.episode(limits={"planar": 0.01}) as episode:
+            for picture in range(3):
+                answer = episode.act(scene(picture))
+                assert np.hypot(*answer.action[1:3]) <= 0.01 + 1e-8
+            episode.succeeded()
+        with pytest.raises(AttributeError), client.episode() as aborted:
+            aborted.act(scene(0), "no pose")
+        with client.episode(sample=True, seed=3) as one, client.episode(sample=True, seed=3) as other:
+            np.testing.assert_array_equal(one.act(scene(1)).action, other.act(scene(1)).action)
+    assert len(running.server.sessions) == 0
+    running.server.stop()
+    messages = [entry.message for file in files_of(tmp_path / "flight") for entry in read(file)]
+    outcomes = [m.request.outcome for m in messages if isinstance(m, pb.FlightEnd)]
+    assert outcomes == [pb.EndEpisodeRequest.OUTCOME_SUCCESS, pb.EndEpisodeRequest.OUTCOME_ABORTED, 0, 0]
+    steps = [m.request.step for m in messages if isinstance(m, pb.FlightAction)]
+    assert steps == [1, 2, 3, 1, 1]
+
+
+def test_an_episode_that_the_server_forgot_still_ends(running):
+    with PolicyClient(running.server.address) as client, client.episode() as episode:
+        episode.act(scene(0))
+        running.server.sessions.end(episode.id)
+        episode.succeeded(False)
+
+
+def test_an_episode_compares_the_whole_contract(running):
+    with PolicyClient(running.server.address) as client:
+        info, _ = client._connect()
+        client._connected = info, PolicySpec(OBSERVATION, ACTION)
+        with pytest.raises(PolicyError, match=r"contract\.observation\.height"), client.episode():
+            pass
+
+
+def test_an_answer_says_until_when_it_may_be_applied(running):
+    with PolicyClient(running.server.address) as client:
+        client.policy()
+        before = time.monotonic()
+        answer = client.act(scene(0), age_us=50_000)
+        assert before + 0.15 <= answer.expires_at <= time.monotonic() + 0.15
+        assert (answer.hold, answer.warnings) == (False, ())
+        assert answer.request_id

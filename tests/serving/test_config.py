@@ -1,0 +1,140 @@
+"""Settings: a file, then the environment, then flags; what does not fit is named with where it stands."""
+
+import sys
+
+import pytest
+
+from serving import server
+from serving.config import Config, parse
+from serving.errors import StartupError
+from tests.makers import tiny_policy_file
+
+FILE = """
+policy = ["a=one.onnx", "b=two.onnx"]
+listen = "localhost:1"
+insecure = true
+valid_for_ms = 150.5
+workspace = [0.3, 0.7, -0.2, 0.2, 0.0, 0.5]
+limits = { planar = 0.02, z_floor_m = -0.1 }
+record = "flight"
+log_format = "json"
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "server.toml"
+    path.write_text(FILE)
+    return str(path)
+
+
+def test_a_file_says_it_all(file):
+    config = parse(["--config", file], {})
+    assert config.policy == ("a=one.onnx", "b=two.onnx")
+    assert (config.listen, config.insecure, config.valid_for_ms, config.log_format) == (
+        "localhost:1",
+        True,
+        150.5,
+        "json",
+    )
+    assert config.workspace == (0.3, 0.7, -0.2, 0.2, 0.0, 0.5)
+    assert config.limits == {"planar": 0.02, "z_floor_m": -0.1}
+    assert str(config.record) == "flight"
+    bounds = config.bounds
+    assert (bounds.fields, bounds.z_floor_m) == ({"planar": 0.02}, -0.1)
+
+
+@pytest.mark.parametrize("given", [["--config", "{}"], ["--config={}"]])
+def test_the_environment_overrides_the_file_and_flags_override_both(file, given):
+    environment = {"EQUISERVE_LISTEN": "localhost:2", "EQUISERVE_QUEUE": "7", "OTHER": "x"}
+    config = parse([part.format(file) for part in given], environment)
+    assert (config.listen, config.queue, config.valid_for_ms) == ("localhost:2", 7, 150.5)
+    config = parse(
+        [*(part.format(file) for part in given), "--listen", "localhost:3", "--policy", "c.onnx"], environment
+    )
+    assert (config.listen, config.policy, config.queue) == ("localhost:3", ("c.onnx",), 7)
+
+
+def test_every_kind_of_setting_fits_into_a_variable():
+    environment = {
+        "EQUISERVE_POLICY": "drawer=p.onnx",
+        "EQUISERVE_INSECURE": "true",
+        "EQUISERVE_STRICT_FRAMES": "false",
+        "EQUISERVE_WORKSPACE": "[0.3, 0.7, -0.2, 0.2, 0.0, 0.5]",
+        "EQUISERVE_LIMITS": "{ planar = 0.03 }",
+        "EQUISERVE_LOG_FORMAT": "json",
+        "EQUISERVE_METRICS_PORT": "9090",
+    }
+    config = parse([], environment)
+    assert (config.policy, config.insecure, config.strict_frames) == (("drawer=p.onnx",), True, False)
+    assert (config.workspace[1], config.limits, config.metrics_port) == (0.7, {"planar": 0.03}, 9090)
+
+
+@pytest.mark.parametrize(
+    ("content", "environment", "words"),
+    [
+        ("polici = 'a.onnx'", {}, "no setting is called polici"),
+        ("= 3", {}, "server.toml"),
+        ("policy = 'a.onnx'", {"EQUISERVE_LISTN": "x"}, "the environment: no setting is called listn"),
+        ("queue = -1\npolicy = 'a.onnx'", {}, "queue must be"),
+        ("policy = 'a.onnx'\nlimits = { planar = -0.1 }", {}, "planar"),
+        ("policy = 'a.onnx'\nmax_batch = 8", {}, "raise --queue"),
+        ("check_config = true\npolicy = 'a.onnx'", {}, "no setting is called check_config"),
+        ("listen = 'localhost:1'", {}, "no policy"),
+        ("policies = '/nowhere'", {}, "must be a folder"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, content, environment, words):
+    path = tmp_path / "server.toml"
+    path.write_text(content)
+    with pytest.raises(StartupError, match=words):
+        parse(["--config", str(path)], environment)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(StartupError, match=r"nothing\.toml"):
+        parse(["--config", str(tmp_path / "nothing.toml")], {})
+
+
+def test_a_wrong_type_is_named_by_its_flag(tmp_path, capsys):
+    path = tmp_path / "server.toml"
+    path.write_text("policy = 'a.onnx'\nqueue = 'many'")
+    with pytest.raises(SystemExit):
+        parse(["--config", str(path)], {})
+    assert "--queue" in capsys.readouterr().err
+
+
+def test_defaults_are_safe():
+    config = Config(policy=("p.onnx",))
+    assert config.listen.startswith("localhost")
+    assert not config.insecure
+    assert (config.tokens, config.tls_cert, config.metrics_port, config.record) == (None, None, None, None)
+
+
+def checked(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["server", *map(str, arguments), "--check-config"])
+    return server.main()
+
+
+def test_a_good_configuration_is_said_to_be_good(monkeypatch, capsys, healthy):
+    assert checked(monkeypatch, "--policy", f"door={healthy}") == 0
+    assert "it serves door " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--policy", "{bad}"], "image mirrored or transposed?"),
+        (["--policy", "{good}", "--default-policy", "other"], "must be one of"),
+        (["--policy", "{good}", "--tokens", "{bad}"], "--tokens"),
+        (["--policy", "{good}", "--tls-cert", "{bad}", "--tls-key", "{bad}"], "--tls-cert"),
+        (["--policy", "{good}", "--limits", "speed", "0.1"], "speed"),
+        (["--policies", "{empty}"], "no policy in"),
+    ],
+)
+def test_a_bad_configuration_is_said_to_be_bad(monkeypatch, capsys, healthy, tmp_path, flags, words):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    bad = tiny_policy_file(tmp_path / "bad.onnx", breaks=["transposed"])
+    assert checked(monkeypatch, *(flag.format(good=healthy, bad=bad, empty=empty) for flag in flags)) == 1
+    assert words in capsys.readouterr().err

@@ -1,0 +1,283 @@
+"""Who may connect and who may do what, over real sockets: transport x token x method."""
+
+import itertools
+import logging
+import ssl
+from pathlib import Path
+
+import grpc
+import pytest
+import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from protos.equiserve.v1 import policy_pb2 as pb
+from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
+from serving.client import PolicyClient, PolicyError, Tls
+from serving.config import Config
+from serving.errors import StartupError
+from serving.security import Gate, new_token
+from serving.server import Server
+from tests.makers import scene
+from tests.serving.requests import acting, refusal
+from tests.serving.test_metrics import scrape
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory):
+    """ours/ and theirs/: an authority, a server's pair and a client's pair each."""
+    home = tmp_path_factory.mktemp("pki")
+    for side in ("ours", "theirs"):
+        authority = trustme.CA()
+        (home / side).mkdir()
+        authority.cert_pem.write_to_path(home / side / "ca.pem")
+        for name in ("localhost", "client"):
+            issued = authority.issue_cert(name if name == "localhost" else "arm-1@factory")
+            issued.private_key_pem.write_to_path(home / side / f"{name}.key")
+            issued.cert_chain_pems[0].write_to_path(home / side / f"{name}.pem")
+    return home
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory):
+    """The file of hashes, and the tokens by role."""
+    file = tmp_path_factory.mktemp("tokens") / "tokens"
+    return file, {role: new_token(f"the-{role}", (role,), file) for role in ("act", "admin")}
+
+
+def server_flags(pki, transport):
+    tls = {"tls_cert": pki / "ours" / "localhost.pem", "tls_key": pki / "ours" / "localhost.key"}
+    return {"plaintext": {}, "TLS": tls, "mTLS": {**tls, "tls_client_ca": pki / "ours" / "ca.pem"}}[transport]
+
+
+@pytest.fixture(scope="module", params=[*itertools.product(("plaintext", "TLS", "mTLS"), (True, False))], ids=str)
+def guarded(request, pki, secrets, healthy):
+    """(transport, whether tokens are asked for, a running server)"""
+    transport, with_tokens = request.param
+    flags = server_flags(pki, transport) | ({"tokens": secrets[0]} if with_tokens else {})
+    with Server(Config(policy=(f"tiny={healthy}",), listen="localhost:0", **flags)) as server:
+        server.load()
+        yield transport, with_tokens, server
+
+
+def channel_to(address, pki, how):
+    if how == "plaintext":
+        return grpc.insecure_channel(address)
+    side = "theirs" if how == "mTLS, another authority's" else "ours"
+    pair = [(pki / side / f"client.{end}").read_bytes() for end in ("key", "pem")] if how.startswith("mTLS") else []
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials((pki / "ours" / "ca.pem").read_bytes(), *pair))
+
+
+CONNECTS = {
+    "plaintext": {"plaintext"},
+    "TLS": {"TLS", "mTLS", "mTLS, another authority's"},  # a pair that nobody asked for does no harm
+    "mTLS": {"mTLS"},
+}
+TRANSPORTS = ("plaintext", "TLS", "mTLS", "mTLS, another authority's")
+
+
+def headers(secrets):
+    token = {role: f"Bearer {secret}" for role, secret in secrets[1].items()}
+    return {
+        "none": (),
+        "wrong": (("authorization", "Bearer " + "x" * 43),),
+        "empty": (("authorization", ""),),
+        "no token": (("authorization", "Bearer "),),
+        "basic": (("authorization", "Basic " + secrets[1]["act"]),),
+        "bare": (("authorization", secrets[1]["act"]),),
+        "two": (("authorization", token["act"]), ("authorization", token["admin"])),
+        "with a space": (("authorization", token["act"] + " "),),
+        "act": (("authorization", token["act"]),),
+        "admin": (("authorization", token["admin"]),),
+    }
+
+
+HEADERS = ("none", "wrong", "empty", "no token", "basic", "bare", "two", "with a space", "act", "admin")
+
+
+def code_of(call):
+    try:
+        result = call()
+        for _ in result if hasattr(result, "__next__") else ():
+            pass
+        return "OK"
+    except grpc.RpcError as error:
+        return error.code().name
+
+
+def calls(channel, metadata):
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    options = {"timeout": 5, "metadata": metadata}
+    policy, admin = pb_grpc.PolicyServiceStub(channel), pb_grpc.PolicyAdminStub(channel)
+    return {
+        "GetAction": lambda: policy.GetAction(acting(1), **options),
+        "GetStats": lambda: policy.GetStats(pb.GetStatsRequest(), **options),
+        "SetDefaultPolicy": lambda: admin.SetDefaultPolicy(pb.SetDefaultPolicyRequest(name="tiny"), **options),
+        "Check": lambda: health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), **options),
+        "reflection": lambda: reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+            iter([request]), **options
+        ),
+    }
+
+
+def expected(method, header, with_tokens):
+    if method == "Check":
+        return "OK"
+    admin = method == "SetDefaultPolicy"
+    if not with_tokens:
+        return "PERMISSION_DENIED" if admin else "OK"
+    if header not in ("act", "admin"):
+        return "UNAUTHENTICATED"
+    return "PERMISSION_DENIED" if admin and header == "act" else "OK"
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_every_token_at_every_method(guarded, pki, secrets, header):
+    transport, with_tokens, server = guarded
+    with channel_to(server.address, pki, transport) as channel:
+        for method, call in calls(channel, headers(secrets)[header]).items():
+            assert code_of(call) == expected(method, header, with_tokens), method
+
+
+@pytest.mark.parametrize("how", TRANSPORTS)
+def test_every_transport_at_every_server(guarded, pki, secrets, how):
+    transport, _, server = guarded
+    with channel_to(server.address, pki, how) as channel:
+        for method, call in calls(channel, headers(secrets)["admin"]).items():
+            code = code_of(call)
+            if how in CONNECTS[transport]:
+                assert code in ("OK", "PERMISSION_DENIED"), method
+            else:
+                assert code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"), method
+
+
+def test_the_client_speaks_tls_with_a_pair_and_a_token(healthy, pki, secrets):
+    flags = {"tokens": secrets[0], **server_flags(pki, "mTLS")}
+    with Server(Config(policy=(str(healthy),), listen="localhost:0", **flags)) as server:
+        server.load()
+        ours = pki / "ours"
+        tls = Tls(ours / "ca.pem", ours / "client.pem", ours / "client.key")
+        with PolicyClient(server.address, tls=tls, token=secrets[1]["act"]) as client, client.episode() as episode:
+            assert episode.act(scene(0)).policy == "tiny"
+        with PolicyClient(server.address, tls=tls, token="wrong") as client:
+            with pytest.raises(PolicyError, match="UNAUTHENTICATED") as refused:
+                client.act(scene(0))
+            assert "wrong" not in str(refused.value)
+
+
+def test_a_token_is_nowhere_but_with_its_holder(serve, healthy, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+    file = tmp_path / "tokens"
+    secret = new_token("arm-1", ("act",), file)
+    running = serve(policy=(str(healthy),), tokens=file, metrics_port=0, record=tmp_path / "flight")
+    good, stub = (("authorization", f"Bearer {secret}"),), running.stub
+    stub.GetAction(acting(1), metadata=good)
+    _, parts = refusal(stub.GetAction, acting(1), metadata=(("authorization", f"Bearer {secret}x"),))
+    stats = stub.GetStats(pb.GetStatsRequest(), metadata=good)
+    running.server.stop()
+    recorded = b"".join(path.read_bytes() for path in (tmp_path / "flight").iterdir())
+    told = [caplog.text, file.read_text(), str(stats), str(parts), scrape(running.server.metrics_port)]
+    assert not any(secret in text for text in told)
+    assert secret.encode() not in recorded
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_tokens_come_and_go_with_a_refresh(serve, healthy, tmp_path):
+    file = tmp_path / "tokens"
+    first = new_token("first", ("act",), file)
+    running = serve(policy=(str(healthy),), tokens=file)
+
+    def code(secret):
+        return code_of(lambda: running.stub.GetAction(acting(1), metadata=(("authorization", f"Bearer {secret}"),)))
+
+    second = new_token("second", ("act",), file)
+    assert (code(first), code(second)) == ("OK", "UNAUTHENTICATED")
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith("first")))
+    running.server.refresh()
+    assert (code(first), code(second)) == ("UNAUTHENTICATED", "OK")
+    file.write_text("half a li")
+    running.server.refresh()
+    assert (code(first), code(second)) == ("UNAUTHENTICATED", "OK")
+
+
+@pytest.mark.parametrize(
+    "line", ["arm act", "arm root " + "0" * 64, "arm act " + "0" * 63, "a b act " + "0" * 64, "ärm"]
+)
+def test_a_file_that_does_not_parse_is_named_by_line_and_not_repeated(tmp_path, line):
+    (tmp_path / "tokens").write_text("# comment\n\n" + line)
+    with pytest.raises(StartupError, match="line 3") as refused:
+        Gate(tmp_path / "tokens")
+    assert line not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["", "two words", "x" * 65, "line\nbreak"])
+def test_a_token_needs_a_name(tmp_path, name):
+    with pytest.raises(StartupError):
+        new_token(name, ("act",), tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_name_is_given_once(tmp_path):
+    new_token("arm", ("act",), tmp_path / "tokens")
+    with pytest.raises(StartupError, match="already"):
+        new_token("arm", ("admin",), tmp_path / "tokens")
+
+
+def served_certificate(address):
+    host, port = address.rsplit(":", 1)
+    return ssl.get_server_certificate((host, int(port)))
+
+
+def test_certificates_are_replaced_without_a_restart(healthy, pki, tmp_path):
+    cert, key = tmp_path / "server.pem", tmp_path / "server.key"
+
+    def put(side, *files):
+        for target, end in ((cert, "pem"), (key, "key")):
+            if end in files:
+                target.write_bytes((pki / side / f"localhost.{end}").read_bytes())
+
+    def pem(side):
+        return ssl.DER_cert_to_PEM_cert(ssl.PEM_cert_to_DER_cert((pki / side / "localhost.pem").read_text()))
+
+    put("ours", "pem", "key")
+    with Server(Config(policy=(str(healthy),), listen="localhost:0", tls_cert=cert, tls_key=key)) as server:
+        server.load()
+        with channel_to(server.address, pki, "TLS") as lasting:
+            stub = pb_grpc.PolicyServiceStub(lasting)
+            stub.GetAction(acting(1), timeout=5)
+            put("theirs", "pem")  # half replaced
+            assert served_certificate(server.address) == pem("ours")
+            put("theirs", "key")
+            assert served_certificate(server.address) == pem("theirs")
+            stub.GetAction(acting(2), timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"tls_cert": Path("nothing.pem"), "tls_key": Path("nothing.key")}, "nothing.pem"),
+        ({"tls_cert": Path("only.pem")}, "go together"),
+        ({"tls_client_ca": Path("ca.pem")}, "needs --tls-cert"),
+        ({"tokens": Path("nothing")}, "--tokens"),
+    ],
+)
+def test_what_cannot_be_secured_does_not_start(healthy, changed, words):
+    with pytest.raises(StartupError, match=words):
+        Server(Config(policy=(str(healthy),), listen="localhost:0", **changed))
+
+
+def test_a_certificate_and_another_key_do_not_start(healthy, pki):
+    pair = {"tls_cert": pki / "ours" / "localhost.pem", "tls_key": pki / "theirs" / "localhost.key"}
+    with pytest.raises(StartupError, match="tls-cert"):
+        Server(Config(policy=(str(healthy),), listen="localhost:0", **pair))
+
+
+def test_an_address_that_others_reach_is_fine_with_tls(healthy, pki):
+    with Server(Config(policy=(str(healthy),), listen="0.0.0.0:0", **server_flags(pki, "TLS"))) as server:
+        assert server.address.startswith("0.0.0.0:")
+
+
+def test_metadata_is_capped(running):
+    with pytest.raises(grpc.RpcError) as refused:
+        running.stub.GetAction(acting(1), metadata=(("x-large", "x" * 100_000),))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

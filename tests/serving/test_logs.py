@@ -42,8 +42,9 @@ def lines(request, monkeypatch):
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=lambda text: ascii(text)[:20])
-def test_no_caller_forges_a_line(running, lines, hostile):
+def test_no_caller_forges_a_line(running, lines, hostile, monkeypatch):
     style, logged = lines
+    monkeypatch.setattr(running.server.answering, "_throttle", Throttle(per_second=10**6))
     asked = [acting(1, policy=hostile), acting(1, episode_id=hostile), acting(1, contract_digest=hostile)]
     for request in asked:
         with pytest.raises(grpc.RpcError):

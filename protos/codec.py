@@ -86,7 +86,8 @@ def unpack_observation(message: pb.Observation, spec: ObservationSpec) -> Observ
     depth: NDArray[Any] = np.frombuffer(message.depth, dtype).reshape(spec.shape)
     if dtype.kind == "u":
         depth = _metres(depth, message)
-    elif not np.isfinite(depth).all():
+    low, high, slack = float(depth.min()), float(depth.max()), _rounding_m(message, spec)
+    if dtype.kind == "f" and not math.isfinite(low + high):  # a NaN anywhere is the minimum and the maximum
         bad = np.argwhere(~np.isfinite(depth))
         row, col = bad[0]
         raise Rejected(
@@ -95,7 +96,6 @@ def unpack_observation(message: pb.Observation, spec: ObservationSpec) -> Observ
             f"{len(bad)} non-finite pixels, the first at row {row}, column {col}",
             "fill missing pixels before sending",
         )
-    low, high, slack = float(depth.min()), float(depth.max()), _rounding_m(message, spec)
     if low < max(spec.depth_min_m - slack, 0.0) or high > spec.depth_max_m + slack:
         raise Rejected(
             "observation.depth",

@@ -1,5 +1,6 @@
 """One call from its arrival to its status: who asks, how long he waits, and every refusal as one gRPC status."""
 
+import functools
 import itertools
 import logging
 import math
@@ -112,7 +113,7 @@ class Answering:
                 f" ({left_out} more refusals were not written)" if left_out else "",
                 extra={"request_id": call.request_id, "client": call.client, "field": rejected.field},
             )  # fmt: skip
-        status = rpc_status.to_status(status_of(rejected))
+        status = _status(rejected.field, rejected.expected, rejected.got, rejected.remedy, rejected.status)
         trailing = (*status.trailing_metadata, (REQUEST_ID, call.request_id))
         context.abort_with_status(_Status(status.code, status.details, trailing))
 
@@ -122,6 +123,12 @@ class Answering:
             if key == REQUEST_ID and isinstance(value, str) and SAFE_ID.fullmatch(value):
                 return value
         return f"{self._prefix}-{next(self._count)}"
+
+
+@functools.lru_cache(64)
+def _status(field: str, expected: str, got: str, remedy: str, status: Status) -> grpc.Status:
+    """An overload refuses with the same words thousands of times."""
+    return rpc_status.to_status(status_of(Rejected(field, expected, got, remedy, status)))
 
 
 ADMIN_METHODS = frozenset(("LoadPolicy", "UnloadPolicy", "SetDefaultPolicy", "Drain"))

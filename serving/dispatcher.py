@@ -89,8 +89,8 @@ class Dispatcher:
             if caller.gone:
                 self.expired += 1
                 raise _too_late()
-            if not self._may_start(ticket):
-                self._require_room(caller)
+            if not self._may_start(caller.name):
+                self._require_room(caller.name)
                 self._line.append(ticket)
             else:
                 self._start(ticket)
@@ -109,9 +109,15 @@ class Dispatcher:
         assert ticket.outcome is not None
         return ticket.outcome
 
-    def _may_start(self, ticket: _Ticket) -> bool:
+    def require_room(self, name: str) -> None:
+        """Refuse before any work is done, if `act` would now. Raises Rejected, RESOURCE_EXHAUSTED."""
+        with self._lock:
+            if not self._may_start(name):
+                self._require_room(name)
+
+    def _may_start(self, name: str) -> bool:
         share = max(1, self._concurrency - 1)
-        return self._in_use < self._concurrency and self._running[ticket.caller.name] < share
+        return self._in_use < self._concurrency and self._running[name] < share
 
     def _start(self, ticket: _Ticket) -> None:
         ticket.leads = True
@@ -119,11 +125,11 @@ class Dispatcher:
         self._running[ticket.caller.name] += 1
         ticket.called.release()
 
-    def _require_room(self, caller: Caller) -> None:
+    def _require_room(self, name: str) -> None:
         for gone in [t for t in self._line if t.caller.gone]:
             self._line.remove(gone)
             self._expire(gone)
-        own, share = sum(t.caller.name == caller.name for t in self._line), max(1, self._queue - 1)
+        own, share = sum(t.caller.name == name for t in self._line), max(1, self._queue - 1)
         if len(self._line) >= self._queue or own >= share:
             full = len(self._line) >= self._queue
             expected = f"at most {self._queue if full else share} waiting calls{'' if full else ' of one client'}"
@@ -170,7 +176,7 @@ class Dispatcher:
                 if candidate.caller.gone:
                     self._line.remove(candidate)
                     self._expire(candidate)
-                elif self._may_start(candidate):
+                elif self._may_start(candidate.caller.name):
                     self._line.remove(candidate)
                     self._start(candidate)
 

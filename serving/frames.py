@@ -51,7 +51,8 @@ class FrameWatch:
                 self._last.popitem(last=False)
         if 0 < rules.frozen_after <= times:
             warnings.append(("a camera that moves on", f"the same frame {times} times running"))
-        invalid = 1 - np.count_nonzero(observation.depth) / observation.depth.size
+        depth = observation.depth
+        invalid = 0.0 if depth.min() > 0 else 1 - np.count_nonzero(depth) / depth.size
         if invalid > rules.invalid_share:
             warnings.append((f"at most {rules.invalid_share:.0%} of pixels without depth", f"{invalid:.0%}"))
         if warnings and rules.strict:

@@ -163,6 +163,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
     ) -> pb.GetActionResponse:
         """One observation's way through the server."""
         phases = call.phases
+        self._dispatcher.require_room(call.client)
         with phases.timed("decode"):
             task = self._understand(request, call, episode, previous)
         left_s = self._valid_for_s - task.age_s

@@ -52,8 +52,8 @@ class Config:
     with the role act or admin; without it nobody is admin."""
     intra_op_threads: int = 2
     """Threads that share one inference."""
-    concurrency: int = 2
-    """Inferences at the same time."""
+    concurrency: int = 1
+    """Inferences at the same time. More than one only where --intra-op-threads times this is at most the cores."""
     queue: int = 2
     """Calls that may wait for one. Others are refused at once: an answer that comes late is of no use to a robot."""
     max_batch: int = 1

@@ -164,13 +164,13 @@ class Dispatcher:
             self._leave(ticket)
 
     def _leave(self, ticket: _Ticket) -> None:
-        """Give the place to the first in line who may have it and still wants it."""
+        """Give the place to the first in line who may have it and still wants it; who had it goes behind others."""
         with self._lock:
             self._in_use -= 1
             self._running[ticket.caller.name] -= 1
             if not self._running[ticket.caller.name]:
                 del self._running[ticket.caller.name]
-            for candidate in list(self._line):
+            for candidate in sorted(self._line, key=lambda t: t.caller.name == ticket.caller.name):
                 if self._in_use == self._concurrency:
                     break
                 if candidate.caller.gone:

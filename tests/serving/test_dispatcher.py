@@ -97,6 +97,15 @@ def test_one_client_can_take_neither_all_places_nor_all_of_the_line(pool, model)
     assert all(call.result(5) for call in flood)
 
 
+def test_who_had_the_place_goes_behind_others(pool, model):
+    dispatcher = Dispatcher(concurrency=1, queue=3)
+    first, again = (ask(pool, dispatcher, model, i, caller("flood")) for i in (1, 2))
+    robot = ask(pool, dispatcher, model, "robot")
+    model.go.release(3)
+    assert all(call.result(5) for call in (first, again, robot))
+    assert model.runs == [[1], ["robot"], [2]]
+
+
 def test_who_ran_out_of_time_in_the_line_never_reaches_the_model(pool, model):
     dispatcher = Dispatcher(concurrency=1, queue=4)
     first = ask(pool, dispatcher, model, "first")

@@ -54,8 +54,12 @@ class Config:
     """Threads that share one inference."""
     concurrency: int = 1
     """Inferences at the same time. More than one only where --intra-op-threads times this is at most the cores."""
-    queue: int = 2
+    queue: int = 4
     """Calls that may wait for one. Others are refused at once: an answer that comes late is of no use to a robot."""
+    max_wait_ms: float = 20.0
+    """About how long the last of them may have to; of a slow policy's calls fewer wait, but always one."""
+    client_hz: float = 60.0
+    """Inferences a second for one client while others, that ask for less, act too; alone it may have any number."""
     max_batch: int = 1
     """Above 1, calls that wait for the same policy share an inference. For many clients of a large policy."""
     valid_for_ms: float = 200.0
@@ -93,9 +97,9 @@ class Config:
 
     def __post_init__(self) -> None:
         lowest = {
-            "intra_op_threads": 1, "concurrency": 1, "queue": 0, "max_batch": 1, "valid_for_ms": 1, "frozen_after": 0,
-            "invalid_share": 0, "max_episodes": 1, "episode_idle_s": 1, "grace_s": 0, "record_file_mib": 1,
-            "record_total_mib": 1,
+            "intra_op_threads": 1, "concurrency": 1, "queue": 0, "max_wait_ms": 0, "client_hz": 1, "max_batch": 1,
+            "valid_for_ms": 1, "frozen_after": 0, "invalid_share": 0, "max_episodes": 1, "episode_idle_s": 1,
+            "grace_s": 0, "record_file_mib": 1, "record_total_mib": 1,
         }  # fmt: skip
         for name, low in lowest.items():
             if not low <= getattr(self, name) < math.inf:

@@ -5,6 +5,7 @@ place to the next in line. With `max_batch` > 1 it also takes along who waits fo
 for a batch to fill, so a lone client pays nothing for it.
 """
 
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from protos.errors import Rejected, Status
 from protos.spaces import Observation
 from serving.policy import Policy, Proposal
+from serving.rhythm import Rhythm
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,6 @@ class _Ticket:
     observations: Sequence[Observation]
     leads: bool = False
     """Holds one of the places before the model, and runs it."""
-    expired: bool = False
     outcome: "Turn | BaseException | None" = None
     came: float = field(default_factory=time.perf_counter)
     called: threading.Lock = field(default_factory=threading.Lock)
@@ -55,16 +56,26 @@ class _Ticket:
 
 
 class Dispatcher:
-    """Runs at most `concurrency` inferences at once and lets at most `queue` calls wait.
+    """Runs at most `concurrency` inferences at once and lets at most `queue` calls wait, for about `max_wait_s`.
 
-    No client can take all of either, where there is more than one: who floods, floods himself.
+    No client can take all of either, where there is more than one, and who asks for more than a fair share of the
+    model's time starts nothing that another's next call would wait for: who floods, floods himself.
     """
 
-    def __init__(self, concurrency: int, queue: int, max_batch: int = 1) -> None:
-        self._concurrency, self._queue, self._max_batch = concurrency, queue, max_batch
+    def __init__(
+        self,
+        concurrency: int,
+        queue: int,
+        max_batch: int = 1,
+        *,
+        max_wait_s: float = math.inf,
+        client_hz: float = math.inf,
+    ) -> None:
+        self._concurrency, self._longest, self._max_batch, self._max_wait_s = concurrency, queue, max_batch, max_wait_s
         self._lock = threading.Lock()
         self._line: deque[_Ticket] = deque()
         self._running: Counter[str] = Counter()
+        self._rhythm = Rhythm(concurrency, client_hz)
         self._in_use = 0
         self.expired = 0
         """Calls that left the line without an answer: the model was never asked for them."""
@@ -89,19 +100,16 @@ class Dispatcher:
             if caller.gone:
                 self.expired += 1
                 raise _too_late()
-            if not self._may_start(caller.name):
-                self._require_room(caller.name)
-                self._line.append(ticket)
-            else:
+            if self._require_room(caller.name):
                 self._start(ticket)
+            else:
+                self._line.append(ticket)
         if not ticket.called.acquire(timeout=_patience_s(caller)):
             with self._lock:
                 if ticket in self._line:
                     self._line.remove(ticket)
                     self._expire(ticket)
             ticket.called.acquire()  # its turn may have come in the last moment
-        if ticket.expired:
-            raise _too_late()
         if ticket.leads:
             self._lead(ticket)
         if isinstance(ticket.outcome, BaseException):
@@ -109,11 +117,46 @@ class Dispatcher:
         assert ticket.outcome is not None
         return ticket.outcome
 
-    def require_room(self, name: str) -> None:
-        """Refuse before any work is done, if `act` would now. Raises Rejected, RESOURCE_EXHAUSTED."""
+    def admit(self, name: str) -> None:
+        """A call of `name` has come: refuse it before any work is done, if `act` would now.
+
+        Raises:
+            Rejected: RESOURCE_EXHAUSTED.
+        """
         with self._lock:
-            if not self._may_start(name):
-                self._require_room(name)
+            self._rhythm.asks(name, time.monotonic())
+            self._require_room(name)
+
+    def _require_room(self, name: str) -> bool:
+        """True where a call may start, False where it may wait."""
+        self._require_share(name)
+        if self._may_start(name):
+            return True
+        for gone in [t for t in self._line if t.caller.gone]:
+            self._line.remove(gone)
+            self._expire(gone)
+        own, room = sum(t.caller.name == name for t in self._line), self._room
+        share = max(1, room - 1)
+        if len(self._line) >= room or own >= share:
+            full = len(self._line) >= room
+            expected = f"at most {room if full else share} waiting calls{'' if full else ' of one client'}"
+            got = f"{(len(self._line) if full else own) + 1}"
+            remedy = "send less often, or raise --queue or --max-wait-ms"
+            raise Rejected("server", expected, got, remedy, Status.RESOURCE_EXHAUSTED)
+        return False
+
+    @property
+    def _room(self) -> int:
+        """How many may wait: always one, and more where the last of them gets its turn in time."""
+        if not self._rhythm.turn_s:
+            return self._longest
+        turns = self._max_wait_s / self._rhythm.turn_s * self._concurrency * self._max_batch
+        return min(self._longest, max(1, int(min(turns, self._longest))))
+
+    def _require_share(self, name: str) -> None:
+        if self._rhythm.is_in_the_way(name, time.monotonic()):
+            expected, got = "a controller's rate, and a fair share of the model's time", "more, while others act"
+            raise Rejected("server", expected, got, "send less often", Status.RESOURCE_EXHAUSTED)
 
     def _may_start(self, name: str) -> bool:
         share = max(1, self._concurrency - 1)
@@ -123,22 +166,15 @@ class Dispatcher:
         ticket.leads = True
         self._in_use += 1
         self._running[ticket.caller.name] += 1
+        self._rhythm.starts(ticket.caller.name, time.monotonic())
         ticket.called.release()
-
-    def _require_room(self, name: str) -> None:
-        for gone in [t for t in self._line if t.caller.gone]:
-            self._line.remove(gone)
-            self._expire(gone)
-        own, share = sum(t.caller.name == name for t in self._line), max(1, self._queue - 1)
-        if len(self._line) >= self._queue or own >= share:
-            full = len(self._line) >= self._queue
-            expected = f"at most {self._queue if full else share} waiting calls{'' if full else ' of one client'}"
-            got, remedy = f"{(len(self._line) if full else own) + 1}", "send less often, or raise --queue"
-            raise Rejected("server", expected, got, remedy, Status.RESOURCE_EXHAUSTED)
 
     def _expire(self, ticket: _Ticket) -> None:
         self.expired += 1
-        ticket.expired = True
+        self._refuse(ticket, _too_late())
+
+    def _refuse(self, ticket: _Ticket, why: Rejected) -> None:
+        ticket.outcome = why
         ticket.called.release()
 
     def _lead(self, ticket: _Ticket) -> None:
@@ -153,6 +189,8 @@ class Dispatcher:
         try:
             proposals = iter(ticket.policy.act_many([o for t in batch for o in t.observations]))
             spent = time.perf_counter() - start
+            with self._lock:
+                self._rhythm.took(spent / sum(len(one.observations) for one in batch))
             for one in batch:
                 one.outcome = Turn([next(proposals) for _ in one.observations], start - one.came, spent)
         except BaseException as error:
@@ -178,7 +216,11 @@ class Dispatcher:
                     self._expire(candidate)
                 elif self._may_start(candidate.caller.name):
                     self._line.remove(candidate)
-                    self._start(candidate)
+                    try:
+                        self._require_share(candidate.caller.name)
+                        self._start(candidate)
+                    except Rejected as why:
+                        self._refuse(candidate, why)
 
 
 def _patience_s(caller: Caller) -> float:

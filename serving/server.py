@@ -73,7 +73,13 @@ class Server:
             changed=self._report_policies,
         )  # fmt: skip
         self.gate = Gate(config.tokens)
-        self.dispatcher = Dispatcher(config.concurrency, config.queue, config.max_batch)
+        self.dispatcher = Dispatcher(
+            config.concurrency,
+            config.queue,
+            config.max_batch,
+            max_wait_s=config.max_wait_ms / 1e3,
+            client_hz=config.client_hz,
+        )
         self.sessions = Sessions(config.max_episodes, config.episode_idle_s)
         self.recorder: Recorder | None = None
         pool = _Workers(max(THREADS, 2 * (config.concurrency + config.queue)))

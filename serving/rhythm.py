@@ -1,0 +1,103 @@
+"""Who asks too much of the model, and whose call is due: controllers call like clocks, so it can be foreseen.
+
+An inference cannot be interrupted. Who asks for more than a controller does, or for more than a fair share of the
+model's time, is held to a rate while others act, and may not start what another's next call would have to wait for.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+WINDOW_S = 1.0
+"""Over how long rates are averaged, and how long after its last call a client still counts."""
+REGULAR = 0.25
+"""A call may come so much of a period early or late and still belong to the beat."""
+ON_BEAT, OFF_BEAT = 2, 4
+"""So many calls in a row on the beat, and a client is regular; so many in a row off it, and it has another beat."""
+MARGIN_S = 0.005
+"""A place is kept free from so long before an inference would be in the way, and so long for a call that is late."""
+REMEMBERED = 256
+"""Clients; the one that was quiet longest goes."""
+
+
+@dataclass(slots=True)
+class _Rate:
+    """Events in the window, older ones weighing less."""
+
+    events: float = 0.0
+    last: float = -math.inf
+
+    def note(self, now: float) -> None:
+        self.events, self.last = self.at(now) * WINDOW_S + 1.0, now
+
+    def at(self, now: float) -> float:
+        """Hz."""
+        return self.events * math.exp((self.last - now) / WINDOW_S) / WINDOW_S
+
+
+@dataclass(slots=True)
+class _Client:
+    asks: _Rate = field(default_factory=_Rate)
+    starts: _Rate = field(default_factory=_Rate)
+    period_s: float = math.inf
+    on_beat: int = 0
+    off_beat: int = 0
+
+    def ask(self, now: float) -> None:
+        gap = now - self.asks.last
+        self.asks.note(now)
+        if abs(gap - self.period_s) <= REGULAR * self.period_s < math.inf:
+            self.period_s += 0.2 * (gap - self.period_s)
+            self.on_beat, self.off_beat = self.on_beat + 1, 0
+        else:
+            self.off_beat += 1
+            if self.off_beat >= OFF_BEAT or math.isinf(self.period_s):
+                self.period_s, self.on_beat, self.off_beat = gap, 0, 0
+
+    def due(self, now: float, within_s: float) -> bool:
+        """Its next call comes within that time, if it keeps its beat."""
+        next_s = self.asks.last + self.period_s - now
+        return self.on_beat >= ON_BEAT and -MARGIN_S < next_s < within_s + MARGIN_S
+
+
+class Rhythm:
+    """What clients ask of the model. Times are time.monotonic seconds. Not thread-safe: the dispatcher's lock is.
+
+    Args:
+        concurrency: inferences at the same time.
+        client_hz: calls a second that one client may make while others act, too.
+    """
+
+    def __init__(self, concurrency: int, client_hz: float) -> None:
+        self._concurrency, self._client_hz = concurrency, client_hz
+        self._clients: dict[str, _Client] = {}
+        self.turn_s = 0.0
+        """What an inference usually takes."""
+
+    def asks(self, name: str, now: float) -> None:
+        client = self._clients.get(name)
+        if client is None:
+            if len(self._clients) >= REMEMBERED:
+                del self._clients[min(self._clients, key=lambda n: self._clients[n].asks.last)]
+            client = self._clients[name] = _Client()
+        client.ask(now)
+
+    def starts(self, name: str, now: float) -> None:
+        if name in self._clients:
+            self._clients[name].starts.note(now)
+
+    def took(self, seconds: float) -> None:
+        self.turn_s += (0.1 if self.turn_s else 1.0) * (seconds - self.turn_s)
+
+    def is_in_the_way(self, name: str, now: float) -> bool:
+        """An inference for `name`, begun now, would be at the cost of clients that ask for less."""
+        active = {n: c for n, c in self._clients.items() if now - c.asks.last < WINDOW_S}
+        mine = active.pop(name, None)
+        if mine is None or not active:
+            return False
+        asked, of_others = mine.asks.at(now), [c.asks.at(now) for c in active.values()]
+        places = self._concurrency / self.turn_s if self.turn_s else math.inf  # inferences a second
+        fits = asked + sum(of_others) <= places or asked <= places / (len(active) + 1)
+        others = [c for c, rate in zip(active.values(), of_others, strict=True) if rate < min(asked, self._client_hz)]
+        if not others or (asked <= self._client_hz and fits):
+            return False
+        return mine.starts.at(now) >= self._client_hz or any(c.due(now, self.turn_s) for c in others)

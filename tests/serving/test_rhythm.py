@@ -1,0 +1,114 @@
+"""Who is in the way: by rates and beats alone, on a clock of the test's own."""
+
+import numpy as np
+import pytest
+
+from serving.rhythm import MARGIN_S, ON_BEAT, REMEMBERED, WINDOW_S, Rhythm
+
+TURN_S, LIMIT_HZ = 0.010, 60.0
+
+
+def beats(rhythm, name, hz, until, start=0.0, rng=None):
+    """`name` asks at that rate from `start`; when it last asked."""
+    times = np.arange(start, until, 1 / hz)
+    for t in times if rng is None else times + rng.uniform(-0.1, 0.1, len(times)) / hz:
+        rhythm.asks(name, float(t))
+    return float(times[-1])
+
+
+def together(*clients, until=3.0):
+    """A rhythm that heard these (name, hz) side by side, in order of time."""
+    rhythm = Rhythm(1, LIMIT_HZ)
+    rhythm.took(TURN_S)
+    calls = sorted((t, name) for name, hz in clients for t in np.arange(0.0, until, 1 / hz))
+    for t, name in calls:
+        rhythm.asks(name, float(t))
+    return rhythm
+
+
+def test_who_is_alone_is_in_nobodys_way():
+    rhythm = together(("fast", 500))
+    rhythm.starts("fast", 2.9)
+    assert not rhythm.is_in_the_way("fast", 3.0)
+    assert not rhythm.is_in_the_way("never seen", 3.0)
+
+
+def test_who_floods_may_not_start_before_a_robots_next_call_and_may_after_it():
+    rhythm = together(("flood", 200), ("robot", 20))
+    last = 2.95
+    assert not rhythm.is_in_the_way("flood", last + MARGIN_S + 0.001)
+    assert not rhythm.is_in_the_way("flood", last + 0.05 - TURN_S - MARGIN_S - 0.001)
+    assert rhythm.is_in_the_way("flood", last + 0.05 - TURN_S / 2)
+    assert rhythm.is_in_the_way("flood", last + 0.05 + MARGIN_S / 2)  # a little late
+    assert not rhythm.is_in_the_way("flood", last + 0.05 + MARGIN_S + 0.001)  # it is not coming
+    assert not rhythm.is_in_the_way("robot", last + 0.05)
+
+
+def test_robots_within_a_controllers_rate_never_yield():
+    rhythm = together(("one", 20), ("two", 50), ("three", 10))
+    for name in ("one", "two", "three"):
+        assert not any(rhythm.is_in_the_way(name, 3 + t) for t in np.linspace(0, 0.1, 50))
+
+
+def test_a_slow_model_is_shared_by_time_even_at_a_controllers_rate():
+    rhythm = Rhythm(1, LIMIT_HZ)
+    rhythm.took(0.030)
+    for t, name in sorted((t, n) for n, hz in (("heavy", 30), ("robot", 10)) for t in np.arange(0, 3, 1 / hz)):
+        rhythm.asks(name, float(t))
+    assert rhythm.is_in_the_way("heavy", 2.99)  # asks for 90 % of the time; the robot is due at 3.0
+    assert not rhythm.is_in_the_way("robot", 2.99)
+
+
+def test_beyond_its_rate_a_flood_waits_for_the_robots_to_go():
+    rhythm = together(("flood", 200), ("robot", 20))
+    for t in np.arange(2.0, 2.97, 1 / 80):
+        rhythm.starts("flood", float(t))
+    quiet = 2.95 + 0.02  # no call is due
+    assert rhythm.is_in_the_way("flood", quiet) is (rhythm._clients["flood"].starts.at(quiet) >= LIMIT_HZ)
+    for t in np.arange(2.97, 4.5, 1 / 200):
+        rhythm.asks("flood", float(t))
+        rhythm.starts("flood", float(t))
+    assert not rhythm.is_in_the_way("flood", 4.5)  # the robot has been quiet for longer than the window
+    rhythm.asks("robot", 4.5)
+    assert rhythm.is_in_the_way("flood", 4.51)
+
+
+def test_two_floods_do_not_yield_to_each_other():
+    rhythm = together(("a", 200), ("b", 190))
+    for t in np.arange(2, 3, 0.005):
+        rhythm.starts("a", float(t))
+    assert not rhythm.is_in_the_way("a", 3.0)
+
+
+@pytest.mark.parametrize("hz", [5, 20, 50])
+def test_a_beat_survives_jitter_and_a_skipped_call(hz):
+    rhythm = Rhythm(1, LIMIT_HZ)
+    rng = np.random.default_rng(hz)
+    last = beats(rhythm, "robot", hz, 3.0, rng=rng)
+    last = beats(rhythm, "robot", hz, last + 2.2 / hz + 3.0, start=last + 2 / hz, rng=rng)
+    client = rhythm._clients["robot"]
+    assert client.period_s == pytest.approx(1 / hz, rel=0.1)
+    assert client.on_beat >= ON_BEAT
+
+
+def test_a_new_beat_is_learned():
+    rhythm = Rhythm(1, LIMIT_HZ)
+    last = beats(rhythm, "robot", 10, 2.0)
+    beats(rhythm, "robot", 25, last + 1.0, start=last + 0.04)
+    assert rhythm._clients["robot"].period_s == pytest.approx(0.04, rel=0.05)
+
+
+def test_rates_are_in_hertz_and_fade():
+    rhythm = Rhythm(1, LIMIT_HZ)
+    last = beats(rhythm, "a", 100, 5.0)
+    asks = rhythm._clients["a"].asks
+    assert asks.at(last) == pytest.approx(100, rel=0.02)
+    assert asks.at(last + WINDOW_S) == pytest.approx(100 / np.e, rel=0.02)
+
+
+def test_names_do_not_pile_up():
+    rhythm = Rhythm(1, LIMIT_HZ)
+    for i in range(3 * REMEMBERED):
+        rhythm.asks(f"client {i}", i / 1000)
+    assert len(rhythm._clients) == REMEMBERED
+    assert f"client {3 * REMEMBERED - 1}" in rhythm._clients

@@ -13,6 +13,8 @@ REGULAR = 0.25
 """A call may come so much of a period early or late and still belong to the beat."""
 ON_BEAT, OFF_BEAT = 2, 4
 """So many calls in a row on the beat, and a client is regular; so many in a row off it, and it has another beat."""
+MUCH_MORE = 2.0
+"""Times as often as another: only then one is in the other's way. Equals share by turns."""
 MARGIN_S = 0.005
 """A place is kept free from so long before an inference would be in the way, and so long for a call that is late."""
 REMEMBERED = 256
@@ -97,7 +99,8 @@ class Rhythm:
         asked, of_others = mine.asks.at(now), [c.asks.at(now) for c in active.values()]
         places = self._concurrency / self.turn_s if self.turn_s else math.inf  # inferences a second
         fits = asked + sum(of_others) <= places or asked <= places / (len(active) + 1)
-        others = [c for c, rate in zip(active.values(), of_others, strict=True) if rate < min(asked, self._client_hz)]
+        most = min(asked / MUCH_MORE, self._client_hz)
+        others = [c for c, rate in zip(active.values(), of_others, strict=True) if rate < most]
         if not others or (asked <= self._client_hz and fits):
             return False
         return mine.starts.at(now) >= self._client_hz or any(c.due(now, self.turn_s) for c in others)

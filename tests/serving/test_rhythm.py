@@ -80,6 +80,15 @@ def test_two_floods_do_not_yield_to_each_other():
     assert not rhythm.is_in_the_way("a", 3.0)
 
 
+def test_equals_share_an_overload_by_turns():
+    """Rates that differ by chance must not make everybody yield to everybody."""
+    rhythm = Rhythm(1, LIMIT_HZ)
+    rhythm.took(0.020)
+    for t, i in sorted((i / 70 + k / (9 + 0.1 * i), i) for i in range(8) for k in range(27)):
+        rhythm.asks(f"robot {i}", t)
+    assert not any(rhythm.is_in_the_way(f"robot {i}", 3 + t) for i in range(8) for t in np.linspace(0, 0.1, 50))
+
+
 @pytest.mark.parametrize("hz", [5, 20, 50])
 def test_a_beat_survives_jitter_and_a_skipped_call(hz):
     rhythm = Rhythm(1, LIMIT_HZ)

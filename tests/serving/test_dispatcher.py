@@ -75,7 +75,7 @@ def test_as_many_run_as_may_and_the_rest_wait_in_order(pool, model):
 def test_beyond_the_line_is_refused_at_once(pool, model):
     dispatcher = Dispatcher(concurrency=1, queue=2)
     calls = [ask(pool, dispatcher, model, name) for name in "abc"]
-    with pytest.raises(Rejected, match="at most 2 waiting calls?, got 3") as refused:
+    with pytest.raises(Rejected, match=r"at most 2 waiting calls?, got 3") as refused:
         dispatcher.act(model, ["d"], caller("d"))
     assert refused.value.status is Status.RESOURCE_EXHAUSTED
     for _ in calls:
@@ -90,7 +90,7 @@ def test_a_slow_models_line_is_shorter_but_never_nothing(pool, model):
     model.go.release(4)  # the first took 0.2 s
     assert all(call.result(5) for call in unknown)
     calls = [ask(pool, dispatcher, model, name) for name in "ef"]
-    with pytest.raises(Rejected, match="at most 1 waiting calls?, got 2"):
+    with pytest.raises(Rejected, match=r"at most 1 waiting calls?, got 2"):
         dispatcher.act(model, ["g"], caller("g"))
     model.go.release(2)
     assert all(call.result(5) for call in calls)

@@ -54,10 +54,12 @@ class PolicyError(Exception):
     Attributes:
         code: the gRPC status, e.g. grpc.StatusCode.INVALID_ARGUMENT.
         message: what the server said: the field, what it expected, what came.
+        busy: the server had no room for this call, at this moment.
     """
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
         self.code, self.message = code, message
+        self.busy = code is grpc.StatusCode.RESOURCE_EXHAUSTED
         super().__init__(f"{code.name}: {message}")
 
 

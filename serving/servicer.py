@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import grpc
 import numpy as np
+from google.protobuf.message import Message
 from google.rpc import code_pb2
 from numpy.typing import NDArray
 
@@ -120,7 +121,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
                 contract_digest=spec.digest,
                 limits={name: value for name, value in in_force.items() if math.isfinite(value)},
             )
-            self._record(pb.FlightStart(client=call.client, request=request, response=response))
+            self._record(pb.FlightStart, client=call.client, request=request, response=response)
             return response
 
     def EndEpisode(self, request: pb.EndEpisodeRequest, context: grpc.ServicerContext) -> pb.EndEpisodeResponse:
@@ -128,7 +129,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             if request.outcome not in pb.EndEpisodeRequest.Outcome.values():
                 raise Rejected("outcome", "an Outcome", str(request.outcome))
             response = pb.EndEpisodeResponse(steps=self._sessions.end(request.episode_id).steps)
-            self._record(pb.FlightEnd(client=call.client, request=request, response=response))
+            self._record(pb.FlightEnd, client=call.client, request=request, response=response)
             return response
 
     def ListPolicies(self, request: pb.ListPoliciesRequest, context: grpc.ServicerContext) -> pb.ListPoliciesResponse:
@@ -178,7 +179,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         phases.seconds["inference"] = turn.inference_s
         response = self._respond(task, turn.proposals[0], call)
         self._record(
-            pb.FlightAction(request_id=call.request_id, client=call.client, request=request, response=response)
+            pb.FlightAction, request_id=call.request_id, client=call.client, request=request, response=response
         )
         return response
 
@@ -262,10 +263,10 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             self._envelopes[digest] = Envelope(policy.spec, self._limits)
         return self._envelopes[digest]
 
-    def _record(self, message: pb.FlightAction | pb.FlightStart | pb.FlightEnd) -> None:
+    def _record(self, kind: type[Message], **fields: Message | str) -> None:
         recorder = self._recorder()
         if recorder is not None:
-            recorder.put(message)
+            recorder.put(kind, **fields)
 
     def _stale(self, age_s: float) -> Rejected:
         expected = f"a frame younger than {self._valid_for_s * 1e3:g} ms when it is acted on"

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from protos.errors import Rejected
 from protos.files import write_atomically
-from protos.spaces import Pose
-from serving.client import PolicyClient, PolicyError
+from protos.spaces import Observation, Pose
+from serving.client import Answer, PolicyClient, PolicyError
+from serving.client import Episode as ServedEpisode
 from sim_client import TaskName
 from sim_client.env import Obs, observation_of
 from sim_client.episodes import Episode
@@ -27,6 +28,8 @@ from sim_client.world import World, unwrapped
 FIRST_SEED = 900_000_000
 """Evaluation scenes start here, far from the seeds of collection: no policy is tested on a scene it was shown."""
 EPISODES_PER_SEED = 100_000
+BUSY_WAIT_S = 0.02
+"""After a refusal for lack of room: a control period at 50 Hz."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Evaluate:
     min_success: float | None = None
     """Exit with 1 when the success rate is below this share."""
     timeout_s: float = 5.0
-    """Deadline of one call."""
+    """Deadline of one call, and for how long a server may refuse one for lack of room."""
     wait_s: float = 30.0
     """How long to wait for a server that is still starting."""
     world: Annotated[World, tyro.conf.arg(name="")] = field(default_factory=World)
@@ -67,19 +70,22 @@ class Evaluate:
 
 
 class Robot:
-    """Acts through a client, an episode at a time, and keeps what it saw: latencies, interventions, holds."""
+    """Acts through a client, an episode at a time, and keeps what it saw: latencies, interventions, holds, refusals.
 
-    def __init__(self, client: PolicyClient) -> None:
-        self._client = client
+    Raises PolicyError, also when the server had no room for a call for `patience_s`.
+    """
+
+    def __init__(self, client: PolicyClient, patience_s: float) -> None:
+        self._client, self._patience_s = client, patience_s
         self.latency_ms: list[float] = []
-        self.interventions = self.holds = 0
+        self.interventions = self.holds = self.refusals = 0
 
     def run(self, env: gym.Env[Obs, NDArray[np.float32]], seed: int) -> Episode:
         """One scene, as one episode of the server: its recording, if it makes one, is labelled with the outcome."""
         with self._client.episode() as served:
 
             def act(obs: Obs, info: dict[str, Any]) -> NDArray[np.float32]:
-                answer = served.act(observation_of(obs), Pose(*map(float, info["tool_pose"])))
+                answer = self._ask(served, observation_of(obs), Pose(*map(float, info["tool_pose"])))
                 self.latency_ms.append(answer.latency_ms)
                 self.interventions += len(answer.interventions)
                 self.holds += answer.hold
@@ -89,6 +95,18 @@ class Robot:
             served.succeeded(episode.success)
         return episode
 
+    def _ask(self, served: ServedEpisode, observation: Observation, pose: Pose) -> Answer:
+        """A robot would skip a step that a busy server refuses; here the world stands still meanwhile, so ask again."""
+        patient_until = time.monotonic() + self._patience_s
+        while True:
+            try:
+                return served.act(observation, pose)
+            except PolicyError as error:
+                if not error.busy or time.monotonic() >= patient_until:
+                    raise
+            self.refusals += 1
+            time.sleep(BUSY_WAIT_S)
+
 
 def evaluate(config: Evaluate) -> dict[str, Any]:
     """Run the episodes and return the report. Raises PolicyError when the server refuses or cannot be
@@ -97,7 +115,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     spec = unwrapped(env).spec_of_policy
     with PolicyClient(config.server, policy=config.policy, spec=spec, timeout_s=config.timeout_s) as client:
         info = client.wait_ready(config.wait_s)
-        robot = Robot(client)
+        robot = Robot(client, config.timeout_s)
         episodes: list[Episode] = []
         start = time.perf_counter()
         with tqdm(range(config.episodes), unit="episode", desc=config.task) as bar:
@@ -127,6 +145,7 @@ def _report(config: Evaluate, policy: Any, episodes: list[Episode], robot: Robot
         "control_steps_per_s": steps / seconds,
         "interventions": robot.interventions,
         "holds": robot.holds,
+        "refusals": robot.refusals,
         "policy": policy.name,
         "policy_version": policy.version,
         "policy_sha256": policy.sha256,

@@ -23,11 +23,11 @@ from tests.serving.requests import acting
 INFO = pb.PolicyInfo(name="tiny", version="0123456789ab", contract="{}")
 
 
-def message(number, size=0):
+def put(recorder, number, size=0):
     """An action with a frame that does not compress."""
-    frame = pb.Observation(depth=np.random.default_rng(number).bytes(size))
+    request = pb.GetActionRequest(observation=pb.Observation(depth=np.random.default_rng(number).bytes(size)))
     response = pb.GetActionResponse(policy=INFO.name, version=INFO.version)
-    return pb.FlightAction(request_id=str(number), request=pb.GetActionRequest(observation=frame), response=response)
+    recorder.put(pb.FlightAction, request_id=str(number), request=request, response=response)
 
 
 def messages_of(path, kind=None):
@@ -122,7 +122,7 @@ def test_files_rotate_and_the_oldest_go(record, tmp_path):
     file_bytes, total_bytes, size = 100_000, 400_000, 4096
     recorder = record(file_bytes, total_bytes)
     for number in range(100):
-        recorder.put(message(number, size))
+        put(recorder, number, size)
         wait_until(lambda number=number: recorder.recorded == number + 1)
         sizes = [file.stat().st_size for file in files_of(tmp_path)]
         assert sum(sizes) <= total_bytes + size
@@ -138,11 +138,11 @@ def test_files_rotate_and_the_oldest_go(record, tmp_path):
 def test_a_policy_that_an_episode_keeps_is_described_after_it_was_unloaded(record, tmp_path):
     live = [INFO]
     recorder = record(file_bytes=30_000, live=lambda: live)
-    recorder.put(pb.FlightStart(response=pb.StartEpisodeResponse(policy=INFO.name, version=INFO.version)))
+    recorder.put(pb.FlightStart, response=pb.StartEpisodeResponse(policy=INFO.name, version=INFO.version))
     wait_until(lambda: recorder.recorded == 1)
     live.clear()
     for number in range(10):
-        recorder.put(message(number, 8192))
+        put(recorder, number, 8192)
     recorder.close()
     assert len(files_of(tmp_path)) > 1
     for file in files_of(tmp_path):
@@ -152,7 +152,7 @@ def test_a_policy_that_an_episode_keeps_is_described_after_it_was_unloaded(recor
 def test_a_restart_goes_on_in_the_same_folder(record, tmp_path):
     for number in range(2):
         recorder = record()
-        recorder.put(message(number))
+        put(recorder, number)
         recorder.close()
     assert numbers_of(tmp_path) == [0, 1]
 
@@ -165,7 +165,7 @@ def test_a_full_disk_costs_messages_and_nothing_else(record, tmp_path, monkeypat
     disk.room = room
     recorder = record()
     for number in range(20):
-        recorder.put(message(number, 4096))
+        put(recorder, number, 4096)
     wait_until(lambda: recorder.recorded + recorder.dropped == 20)
     assert recorder.dropped > 0
     assert recorder.recorded == (len(numbers_of(tmp_path)) if recorder.recorded else 0)
@@ -173,7 +173,7 @@ def test_a_full_disk_costs_messages_and_nothing_else(record, tmp_path, monkeypat
     time.sleep(0.03)
     lost = recorder.dropped
     for number in range(20, 25):
-        recorder.put(message(number, 4096))
+        put(recorder, number, 4096)
     recorder.close()
     assert recorder.dropped == lost
     assert numbers_of(tmp_path) == [*range(20 - lost), *range(20, 25)]
@@ -186,7 +186,7 @@ def test_a_full_disk_is_not_filled_with_empty_files(record, tmp_path, monkeypatc
     Disk(monkeypatch).room = 60
     recorder = record()
     for number in range(50):
-        recorder.put(message(number))
+        put(recorder, number)
     recorder.close()
     assert recorder.dropped == 50
     assert list(tmp_path.iterdir()) == []
@@ -195,7 +195,7 @@ def test_a_full_disk_is_not_filled_with_empty_files(record, tmp_path, monkeypatc
 def test_a_disk_that_is_full_when_the_index_is_written_leaves_every_message(record, tmp_path, monkeypatch):
     disk = Disk(monkeypatch)
     recorder = record()
-    recorder.put(message(0))
+    put(recorder, 0)
     wait_until(lambda: recorder.recorded == 1)
     disk.room = 100
     recorder.close()
@@ -217,10 +217,9 @@ def test_what_does_not_fit_is_dropped_and_counted_and_nobody_waits(record, tmp_p
     go_on, write = threading.Event(), FlightFile.write
     monkeypatch.setattr(FlightFile, "write", lambda *a: go_on.wait(10) and write(*a))
     recorder = record()
-    made = message(0, 4000)
     began = time.perf_counter()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(recorder.put, [made] * 400))
+        list(pool.map(lambda number: put(recorder, number, 4000), range(400)))
     took_s = time.perf_counter() - began
     go_on.set()
     recorder.close()

@@ -6,6 +6,7 @@ Each requirement is measured with a server in a process of its own, on this mach
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import tyro
@@ -38,14 +39,20 @@ class Measure:
     """Names of measurements; empty: all."""
 
 
+def host() -> str:
+    models = [line.partition(":")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return f"{len(models)} x {models[0].strip()}, onnxruntime {version('onnxruntime')}, grpcio {version('grpcio')}"
+
+
 def main() -> None:
     asked = tyro.cli(Measure, description=Measure.__doc__)
-    print("| requirement | measured | met |\n|---|---|---|", flush=True)
+    print(f"{host()}; `python -m tests.benchmarks.serving --policy {asked.policy} --only ...`\n")
+    print("| only | requirement | measured | met |\n|---|---|---|---|", flush=True)
     for name, measure in MEASURES.items():
         if not asked.only or name in asked.only:
             with tempfile.TemporaryDirectory() as scratch:
                 for row in measure(asked.policy.resolve(), Path(scratch)):
-                    print(row, flush=True)
+                    print(f"| {name} {row}", flush=True)
 
 
 if __name__ == "__main__":

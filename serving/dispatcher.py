@@ -136,7 +136,7 @@ class Dispatcher:
             self._line.remove(gone)
             self._expire(gone)
         own, room = sum(t.caller.name == name for t in self._line), self._room
-        share = max(1, room - 1)
+        share = room - 1 if self._rhythm.rarer(name, time.monotonic()) else max(1, room - 1)
         if len(self._line) >= room or own >= share:
             full = len(self._line) >= room
             expected = f"at most {room if full else share} waiting calls{'' if full else ' of one client'}"

@@ -25,7 +25,9 @@ WAITING_BYTES = 32 * 2**20
 """Between the calls and the disk: 512 frames of 128 x 128, some seconds of a stalled disk."""
 TRY_AGAIN_S = 1.0
 GATHER_S = 0.02
-"""How long messages gather before they are written together: the work of one call must not fall into the next."""
+"""How often the thread looks for messages. To be woken by each would cost the call that wakes it."""
+QUIET = 100
+"""After having looked in vain so often, it waits to be woken after all: an idle server does nothing."""
 
 
 class _Item(NamedTuple):
@@ -109,10 +111,9 @@ class Recorder:
         self._close()
 
     def _next(self) -> _Item | None:
-        if self._queue.empty():
-            item = self._queue.get()
-            self._closing.wait(GATHER_S)
-            return item
+        for _ in range(QUIET):
+            if not self._queue.empty() or self._closing.wait(GATHER_S):
+                break
         return self._queue.get()
 
     def _say(self, error: OSError | None) -> None:

@@ -92,15 +92,23 @@ class Rhythm:
 
     def is_in_the_way(self, name: str, now: float) -> bool:
         """An inference for `name`, begun now, would be at the cost of clients that ask for less."""
-        active = {n: c for n, c in self._clients.items() if now - c.asks.last < WINDOW_S}
-        mine = active.pop(name, None)
-        if mine is None or not active:
+        others = self.rarer(name, now)
+        if not others:
             return False
-        asked, of_others = mine.asks.at(now), [c.asks.at(now) for c in active.values()]
+        mine, active = self._clients[name], self._active(now)
+        asked = mine.asks.at(now)
         places = self._concurrency / self.turn_s if self.turn_s else math.inf  # inferences a second
-        fits = asked + sum(of_others) <= places or asked <= places / (len(active) + 1)
-        most = min(asked / MUCH_MORE, self._client_hz)
-        others = [c for c, rate in zip(active.values(), of_others, strict=True) if rate < most]
-        if not others or (asked <= self._client_hz and fits):
+        fits = sum(c.asks.at(now) for c in active.values()) <= places or asked <= places / len(active)
+        if asked <= self._client_hz and fits:
             return False
         return mine.starts.at(now) >= self._client_hz or any(c.due(now, self.turn_s) for c in others)
+
+    def rarer(self, name: str, now: float) -> list[_Client]:
+        """Active clients that ask much less often than `name`, and no more often than a controller."""
+        active = self._active(now)
+        mine = active.get(name)
+        most = min(mine.asks.at(now) / MUCH_MORE, self._client_hz) if mine else 0.0
+        return [c for c in active.values() if c.asks.at(now) < most]
+
+    def _active(self, now: float) -> dict[str, _Client]:
+        return {n: c for n, c in self._clients.items() if now - c.asks.last < WINDOW_S}

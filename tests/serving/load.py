@@ -12,7 +12,8 @@ import grpc
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
-from tests.serving.requests import acting
+from serving.bench import pictures
+from serving.client import PolicyClient
 
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
 
@@ -22,10 +23,16 @@ def connect(address: str) -> grpc.Channel:
     return grpc.insecure_channel(address, options=OWN_CONNECTION)
 
 
+def requests_for(address: str) -> list[pb.GetActionRequest]:
+    """Good ones for the policy that is served there."""
+    with PolicyClient(address) as client:
+        return [pb.GetActionRequest(observation=picture) for picture in pictures(client.spec, 0)]
+
+
 def drained(process: subprocess.Popen[str], address: str, clients: int = 4, before_s: float = 0.4):
     """SIGTERM under load: (exit status, what the clients saw, what the server says it answered)."""
-    seen, over = Counter(), threading.Event()
-    tally = threading.Lock()
+    tally, over, requests = threading.Lock(), threading.Event(), requests_for(address)
+    seen = Counter(OK=1)  # GetPolicy, for the requests
 
     def drive(start: int) -> None:
         with connect(address) as channel:
@@ -33,7 +40,7 @@ def drained(process: subprocess.Popen[str], address: str, clients: int = 4, befo
             while not over.is_set():
                 picture += 1
                 try:
-                    stub.GetAction(acting(picture % 16), timeout=10)
+                    stub.GetAction(requests[picture % len(requests)], timeout=10)
                     code = "OK"
                 except grpc.RpcError as error:
                     code = error.code().name
@@ -77,7 +84,7 @@ class Vitals:
 
 def rude_client(address: str, rate: float, over: threading.Event, seed: int, seen: Counter) -> None:
     """20 to 50 calls a second, of which 1 % are cancelled and 1 % are malformed."""
-    rng, picture = random.Random(seed), 0
+    rng, picture, requests = random.Random(seed), 0, requests_for(address)
     with connect(address) as channel:
         stub, beat = pb_grpc.PolicyServiceStub(channel), time.perf_counter()
         while not over.is_set():
@@ -86,13 +93,13 @@ def rude_client(address: str, rate: float, over: threading.Event, seed: int, see
             picture, fate = picture + 1, rng.random()
             try:
                 if fate < 0.01:
-                    call = stub.GetAction.future(acting(picture % 16), timeout=5)
+                    call = stub.GetAction.future(requests[picture % len(requests)], timeout=5)
                     call.cancel()
                     seen["cancelled"] += 1
                 elif fate < 0.02:
                     stub.GetAction(pb.GetActionRequest(observation=pb.Observation(depth=b"nonsense")), timeout=5)
                 else:
-                    stub.GetAction(acting(picture % 16), timeout=5)
+                    stub.GetAction(requests[picture % len(requests)], timeout=5)
                     seen["OK"] += 1
             except grpc.RpcError as error:
                 seen[error.code().name] += 1

@@ -110,6 +110,26 @@ def test_one_client_can_take_neither_all_places_nor_all_of_the_line(pool, model)
     assert all(call.result(5) for call in flood)
 
 
+def test_the_last_place_in_the_line_is_kept_for_who_asks_less(pool, model):
+    dispatcher = Dispatcher(concurrency=1, queue=1)
+    for _ in range(20):
+        dispatcher.admit("flood")
+    first = ask(pool, dispatcher, model, "first", caller("flood"))
+    alone = ask(pool, dispatcher, model, "second", caller("flood"))
+    model.go.release(2)
+    assert first.result(5)
+    assert alone.result(5)
+    dispatcher.admit("robot")
+    first = ask(pool, dispatcher, model, "third", caller("flood"))
+    with pytest.raises(Rejected, match="of one client"):
+        dispatcher.act(model, ["fourth"], caller("flood"))
+    robot = ask(pool, dispatcher, model, "robot")
+    assert (dispatcher.running, dispatcher.waiting) == (1, 1)
+    model.go.release(2)
+    assert first.result(5)
+    assert robot.result(5)
+
+
 def test_who_had_the_place_goes_behind_others(pool, model):
     dispatcher = Dispatcher(concurrency=1, queue=3)
     first, again = (ask(pool, dispatcher, model, i, caller("flood")) for i in (1, 2))

@@ -102,7 +102,7 @@ def drains(policy: Path, scratch: Path, count: int = 20) -> list[Row]:
         with served_to_end(policy) as (process, address):
             status, codes, answered = drained(process, address, before_s=random.uniform(0.3, 0.8))
         seen += codes
-        good += status == 0 and codes["OK"] == answered
+        good += status == 0 and codes["OK"] == answered > 0
     told = ", ".join(f"{code} {n}" for code, n in seen.most_common())
     return [
         Row(
@@ -139,8 +139,8 @@ rude_client(sys.argv[1], 50.0, threading.Event(), 0, Counter())
 
 def soak(policy: Path, scratch: Path, minutes: float = SOAK_MINUTES, warm: float = WARM_MINUTES) -> list[Row]:
     """Requirement 14."""
-    tiny, seen, over, samples = tiny_policy_file(scratch / "soak.onnx"), Counter(), threading.Event(), []
-    with served(tiny, "--record", str(scratch / "soak"), "--metrics-port", "0", "--queue", "8",
+    seen, over, samples = Counter(), threading.Event(), []
+    with served(policy, "--record", str(scratch / "soak"), "--metrics-port", "0", "--queue", "8",
                 "--record-total-mib", "512") as running:  # fmt: skip
         threads = [threading.Thread(target=rude_client, args=(running.address, 50.0, over, i, seen)) for i in range(4)]
         for thread in threads:

@@ -38,6 +38,8 @@ class _Rate:
 
 @dataclass(slots=True)
 class _Client:
+    since: float
+    """When it asked first."""
     asks: _Rate = field(default_factory=_Rate)
     starts: _Rate = field(default_factory=_Rate)
     period_s: float = math.inf
@@ -54,6 +56,17 @@ class _Client:
             self.off_beat += 1
             if self.off_beat >= OFF_BEAT or math.isinf(self.period_s):
                 self.period_s, self.on_beat, self.off_beat = gap, 0, 0
+
+    def hz(self, now: float) -> float:
+        """As its beat says, or as often as it asked: a window fills slowly."""
+        return max(1 / self.period_s if self._keeps_beat(now) and self.period_s else 0.0, self.asks.at(now))
+
+    def known(self, now: float) -> bool:
+        """How often it asks can be said: it has not just begun, and a beat that it had has not just ended."""
+        return self._keeps_beat(now) if self.on_beat >= ON_BEAT else now - self.since >= WINDOW_S
+
+    def _keeps_beat(self, now: float) -> bool:
+        return self.on_beat >= ON_BEAT and now - self.asks.last < 2 * self.period_s
 
     def due(self, now: float, within_s: float) -> bool:
         """Its next call comes within that time, if it keeps its beat."""
@@ -80,7 +93,7 @@ class Rhythm:
         if client is None:
             if len(self._clients) >= REMEMBERED:
                 del self._clients[min(self._clients, key=lambda n: self._clients[n].asks.last)]
-            client = self._clients[name] = _Client()
+            client = self._clients[name] = _Client(now)
         client.ask(now)
 
     def starts(self, name: str, now: float) -> None:
@@ -96,9 +109,9 @@ class Rhythm:
         if not others:
             return False
         mine, active = self._clients[name], self._active(now)
-        asked = mine.asks.at(now)
+        asked = mine.hz(now)
         places = self._concurrency / self.turn_s if self.turn_s else math.inf  # inferences a second
-        fits = sum(c.asks.at(now) for c in active.values()) <= places or asked <= places / len(active)
+        fits = sum(c.hz(now) for c in active.values()) <= places or asked <= places / len(active)
         if asked <= self._client_hz and fits:
             return False
         return mine.starts.at(now) >= self._client_hz or any(c.due(now, self.turn_s) for c in others)
@@ -107,8 +120,8 @@ class Rhythm:
         """Active clients that ask much less often than `name`, and no more often than a controller."""
         active = self._active(now)
         mine = active.get(name)
-        most = min(mine.asks.at(now) / MUCH_MORE, self._client_hz) if mine else 0.0
-        return [c for c in active.values() if c.asks.at(now) < most]
+        most = min(mine.hz(now) / MUCH_MORE, self._client_hz) if mine else 0.0
+        return [c for c in active.values() if c.known(now) and c.hz(now) < most]
 
     def _active(self, now: float) -> dict[str, _Client]:
         return {n: c for n, c in self._clients.items() if now - c.asks.last < WINDOW_S}

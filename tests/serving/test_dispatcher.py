@@ -112,14 +112,16 @@ def test_one_client_can_take_neither_all_places_nor_all_of_the_line(pool, model)
 
 def test_the_last_place_in_the_line_is_kept_for_who_asks_less(pool, model):
     dispatcher = Dispatcher(concurrency=1, queue=1)
-    for _ in range(20):
+    for _ in range(100):
         dispatcher.admit("flood")
     first = ask(pool, dispatcher, model, "first", caller("flood"))
     alone = ask(pool, dispatcher, model, "second", caller("flood"))
     model.go.release(2)
     assert first.result(5)
     assert alone.result(5)
-    dispatcher.admit("robot")
+    for _ in range(4):
+        dispatcher.admit("robot")
+        time.sleep(0.1)
     first = ask(pool, dispatcher, model, "third", caller("flood"))
     with pytest.raises(Rejected, match="of one client"):
         dispatcher.act(model, ["fourth"], caller("flood"))

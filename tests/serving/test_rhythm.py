@@ -121,3 +121,22 @@ def test_names_do_not_pile_up():
         rhythm.asks(f"client {i}", i / 1000)
     assert len(rhythm._clients) == REMEMBERED
     assert f"client {3 * REMEMBERED - 1}" in rhythm._clients
+
+
+def test_a_robot_that_has_just_begun_is_not_taken_for_a_rare_caller():
+    rhythm = Rhythm(1, LIMIT_HZ)
+    rhythm.took(0.045)  # too slow for two robots at 20 Hz
+    begun = 2.0
+    for t, name in sorted(
+        [(t, "old") for t in np.arange(0, 2.3, 0.05)] + [(t, "new") for t in begun + np.arange(0.02, 0.3, 0.05)]
+    ):
+        rhythm.asks(name, float(t))
+    assert not rhythm.is_in_the_way("old", 2.3)
+    assert rhythm.rarer("old", 2.3) == []
+
+
+def test_a_beat_that_has_ended_counts_no_longer():
+    rhythm = together(("robot", 20), ("flood", 200))
+    assert rhythm.rarer("flood", 3.0)
+    assert rhythm._clients["flood"].hz(3.0) == pytest.approx(200, rel=0.05)
+    assert rhythm._clients["flood"].hz(3.5) < 150

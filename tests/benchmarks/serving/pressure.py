@@ -133,7 +133,7 @@ def spend(client: Client, address: str, neighbour: Neighbour | None) -> list[flo
 
 def beside(
     robot: str, address: str, calm: Neighbour | None, disturbed: Neighbour
-) -> tuple[list[float], list[float], int]:
+) -> tuple[list[float], list[float], dict[str, int]]:
     """A robot at 20 Hz with the one and the other in turns, as the machine drifts: its milliseconds, and refusals."""
     seconds = TURNS * 2 * (TURN_S + BEGIN_S + 1) + 4
     client = Client(Bench(server=robot, clients=1, rate=20, seconds=seconds), seed=0)
@@ -146,7 +146,7 @@ def beside(
         loud += spend(client, address, disturbed)
     acting.join()
     client.close()
-    return quiet, loud, sum(n for code, n in client.tally.counts.items() if code != "OK")
+    return quiet, loud, {code: n for code, n in client.tally.counts.items() if code != "OK"}
 
 
 def isolation(policy: Path, scratch: Path) -> list[Row]:
@@ -165,7 +165,7 @@ def isolation(policy: Path, scratch: Path) -> list[Row]:
                 Row(
                     f"a 20 Hz client's p99, {what}: <= +20 %",
                     f"{p99:.1f} to {p99_then:.1f} ms, {p99_then / p99 - 1:+.0%}; p50 {p50:.1f} to {p50_then:.1f}; "
-                    f"{len(calm)} and {len(disturbed)} calls, {refused} not answered",
+                    f"{len(calm)} and {len(disturbed)} calls, others {refused or 'none'}",
                     p99_then / p99 <= 1.2,
                 )
             )

@@ -29,7 +29,7 @@ demo: ## Collect, train, export, serve, evaluate, report; ends in runs/demo
 		--setup-seconds $$(( $$(date +%s) - started ))
 
 test: setup lint ## Lint, types, import rules and the whole suite
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 lint: setup ## ruff, mypy, the import rules, the stubs and the proto
 	$(BIN)/ruff check .

@@ -55,11 +55,13 @@ class PolicyError(Exception):
         code: the gRPC status, e.g. grpc.StatusCode.INVALID_ARGUMENT.
         message: what the server said: the field, what it expected, what came.
         busy: the server had no room for this call, at this moment.
+        late: the frame was too old, or the step is behind one that was answered.
     """
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
         self.code, self.message = code, message
         self.busy = code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        self.late = code is grpc.StatusCode.OUT_OF_RANGE
         super().__init__(f"{code.name}: {message}")
 
 

@@ -96,13 +96,13 @@ class Robot:
         return episode
 
     def _ask(self, served: ServedEpisode, observation: Observation, pose: Pose) -> Answer:
-        """A robot would skip a step that a busy server refuses; here the world stands still meanwhile, so ask again."""
+        """A robot would skip a step that came too late; here the world stands still meanwhile, so ask again."""
         patient_until = time.monotonic() + self._patience_s
         while True:
             try:
                 return served.act(observation, pose)
             except PolicyError as error:
-                if not error.busy or time.monotonic() >= patient_until:
+                if not (error.busy or error.late) or time.monotonic() >= patient_until:
                     raise
             self.refusals += 1
             time.sleep(BUSY_WAIT_S)

@@ -1,4 +1,4 @@
-"""The stand-in robot's loop through a server that is busy at times."""
+"""The stand-in robot's loop through a server that is busy at times, or a machine that is."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -9,16 +9,15 @@ import pytest
 from protos.errors import Rejected, Status
 from protos.spaces import SPEC
 from serving.client import PolicyClient, PolicyError
-from serving.config import Config
 from serving.server import Server
 from sim_client import ENV_IDS
 from sim_client.evaluate import Robot
-from tests.makers import tiny_policy_file
+from tests.makers import settings, tiny_policy_file
 
 
 @pytest.fixture
 def server(tmp_path) -> Iterator[Server]:
-    server = Server(Config(listen="localhost:0", policy=(str(tiny_policy_file(tmp_path / "tiny.onnx", SPEC)),)))
+    server = Server(settings(tiny_policy_file(tmp_path / "tiny.onnx", SPEC)))
     server.load()
     yield server
     server.stop()
@@ -31,23 +30,29 @@ def scene() -> Iterator[gym.Env]:
     env.close()
 
 
-def busy(server: Server, monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> None:
-    """From now on, the server has no room for the calls whose number `when` names."""
+def busy(
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    when: Callable[[int], bool],
+    status: Status = Status.RESOURCE_EXHAUSTED,
+) -> None:
+    """From now on, the server refuses the calls whose number `when` names."""
     admit, numbers = server.dispatcher.admit, itertools.count()
 
     def admit_or_refuse(name: str) -> None:
         if when(next(numbers)):
-            raise Rejected("server", "at most 1 waiting calls", "2", "send less often", Status.RESOURCE_EXHAUSTED)
+            raise Rejected("server", "at most 1 waiting calls", "2", "send less often", status)
         admit(name)
 
     monkeypatch.setattr(server.dispatcher, "admit", admit_or_refuse)
 
 
-def test_a_robot_asks_a_busy_server_again_and_misses_no_step(server, scene, monkeypatch) -> None:
+@pytest.mark.parametrize("status", [Status.RESOURCE_EXHAUSTED, Status.OUT_OF_RANGE], ids=lambda s: s.name)
+def test_a_robot_whose_frame_came_to_nothing_asks_again_and_misses_no_step(server, scene, monkeypatch, status) -> None:
     with PolicyClient(server.address) as client:
         calm = Robot(client, patience_s=5.0)
         expected = calm.run(scene, seed=3)
-        busy(server, monkeypatch, when=lambda number: number % 3 < 2)
+        busy(server, monkeypatch, when=lambda number: number % 3 < 2, status=status)
         robot = Robot(client, patience_s=5.0)
         episode = robot.run(scene, seed=3)
     assert calm.refusals == 0

@@ -7,6 +7,7 @@ Threads, not asyncio: docs/serving.md has the measurement. The model runs in the
 behind serving.dispatcher, so there are always threads left for health and for refusals.
 """
 
+import gc
 import ipaddress
 import logging
 import signal
@@ -261,6 +262,8 @@ def serve(config: Config) -> None:
             signal.signal(signum, stop)
         signal.signal(signal.SIGHUP, lambda *_: refresh.set())
         server.load()
+        gc.collect()
+        gc.freeze()  # what a start leaves stays: to look through it again would stop every call for 26 to 52 ms
         print(f"serving on {server.address}", flush=True)
         threading.Thread(target=_refresh_when, args=(refresh, server), daemon=True).start()
         server.stopping.wait()

@@ -1,9 +1,14 @@
 """What every test is owed."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
+
+from tests.makers import UNHURRIED_MS
+
+os.environ.setdefault("EQUISERVE_VALID_FOR_MS", f"{UNHURRIED_MS:g}")  # of servers in processes of their own
 
 
 @pytest.fixture(autouse=True)

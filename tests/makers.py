@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from protos.manifest import Golden, Manifest
 from protos.spaces import ACTION, Observation, ObservationSpec, PolicySpec
+from serving.config import Config
 
 FAR_M = 0.59
 """The switches "nan_when_far" and "slow_when_far" act on images that hold a pixel beyond this."""
@@ -21,6 +22,14 @@ TABLE_M = 0.3
 GOLDEN_SCENES = 4
 BREAKS = ("transposed", "mirrored", "gripper_dead", "nan", "scaled", "still", "lopsided")
 """Exports that must be refused, see `_graph`. The other switches are for tests of what a running server does."""
+UNHURRIED_MS = 60_000.0
+"""How long an action is valid where a test is not about freshness: a busy machine may stop anyone for half a second."""
+
+
+def settings(*policies: str | Path, **changed: Any) -> Config:
+    """A server's, on a free port; changed where a test is about it."""
+    usual = {"listen": "localhost:0", "intra_op_threads": 1, "valid_for_ms": UNHURRIED_MS}
+    return Config(**usual | {"policy": tuple(map(str, policies))} | changed)
 
 
 def small_spec(size: int = 32) -> PolicySpec:

@@ -125,8 +125,8 @@ def test_a_server_lost_in_the_middle_ends_the_evaluation_with_a_reason(tmp_path:
             text=True,
         )
         assert robot.stderr is not None
-        while "1/1000" not in robot.stderr.readline():  # tqdm ends its lines with \r, which text mode reads as newlines
-            pass
+        while "1/1000" not in (line := robot.stderr.readline()):  # tqdm's \r: text mode reads a newline
+            assert line, "the robot stopped by itself"
         process.send_signal(signal.SIGKILL)
         _, said = robot.communicate(timeout=30)
     assert robot.returncode == 2

@@ -7,15 +7,14 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from serving.config import Config
 from serving.server import Server
-from tests.makers import scene, tiny_policy_file
+from tests.makers import scene, settings, tiny_policy_file
 
 
 @pytest.fixture
 def address(tmp_path):
     policy = tiny_policy_file(tmp_path / "policy.onnx")
-    with Server(Config(policy=(str(policy),), listen="localhost:0")) as server:
+    with Server(settings(policy)) as server:
         server.load()
         yield server.address
 

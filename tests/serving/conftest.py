@@ -11,11 +11,10 @@ import grpc
 import pytest
 
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
-from serving.config import Config
 from serving.policy import Policy, load
 from serving.proofs import prove
 from serving.server import Server
-from tests.makers import tiny_policy_file
+from tests.makers import settings, tiny_policy_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -63,7 +62,7 @@ def policy(healthy: Path) -> Policy:
 
 
 def start(**config: Any) -> Running:
-    server = Server(Config(**{"listen": "localhost:0", "intra_op_threads": 1, **config}))
+    server = Server(settings(**config))
     server.load()
     counted = [replace(p, session=CountingSession(p.session)) for p in server.registry]
     server.registry.publish(counted)

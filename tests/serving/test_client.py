@@ -15,7 +15,7 @@ from protos.errors import Rejected
 from protos.spaces import ACTION, OBSERVATION, PolicySpec, Pose
 from serving.client import PolicyClient, PolicyError
 from serving.flight import files_of, read
-from tests.makers import scene, small_spec
+from tests.makers import UNHURRIED_MS, scene, small_spec
 
 CODES = [code for code in grpc.StatusCode if code not in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)]
 
@@ -58,7 +58,7 @@ def test_an_answer_is_the_policys(running, policy):
     np.testing.assert_allclose(answer.std, proposal.std, atol=1e-6)
     assert answer.action.dtype == np.float32
     assert answer.value == pytest.approx(proposal.value)
-    assert (answer.policy, answer.version, answer.valid_for_us) == ("tiny", policy.version, 200_000)
+    assert (answer.policy, answer.version, answer.valid_for_us) == ("tiny", policy.version, UNHURRIED_MS * 1e3)
     assert answer.interventions == ()
     assert answer.latency_ms * 1e3 > answer.timing.inference_us > 0
 
@@ -144,7 +144,8 @@ def test_the_deadline_covers_retries(fickle):
         with pytest.raises(PolicyError) as refused:
             client.act(scene(0))
     assert refused.value.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-    assert time.monotonic() - start < 0.6
+    assert fickle.calls < 4  # what it makes where there is time
+    assert time.monotonic() - start < 5
 
 
 def test_a_slow_server_is_a_deadline(fickle):
@@ -220,6 +221,7 @@ def test_an_answer_says_until_when_it_may_be_applied(running):
         client.policy()
         before = time.monotonic()
         answer = client.act(scene(0), age_us=50_000)
-        assert before + 0.15 <= answer.expires_at <= time.monotonic() + 0.15
+        left_s = UNHURRIED_MS / 1e3 - 0.05
+        assert before + left_s <= answer.expires_at <= time.monotonic() + left_s
         assert (answer.hold, answer.warnings) == (False, ())
         assert answer.request_id

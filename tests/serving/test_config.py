@@ -108,6 +108,7 @@ def test_defaults_are_safe():
     config = Config(policy=("p.onnx",))
     assert config.listen.startswith("localhost")
     assert not config.insecure
+    assert config.valid_for_ms == 200
     assert (config.tokens, config.tls_cert, config.metrics_port, config.record) == (None, None, None, None)
 
 

@@ -4,6 +4,7 @@ import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -110,7 +111,16 @@ def test_one_client_can_take_neither_all_places_nor_all_of_the_line(pool, model)
     assert all(call.result(5) for call in flood)
 
 
-def test_the_last_place_in_the_line_is_kept_for_who_asks_less(pool, model):
+@pytest.fixture
+def clock(monkeypatch):
+    """The dispatcher's time, which goes on when a test says so."""
+    clock = SimpleNamespace(now=time.monotonic())
+    held = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=time.perf_counter)
+    monkeypatch.setattr("serving.dispatcher.time", held)
+    return clock
+
+
+def test_the_last_place_in_the_line_is_kept_for_who_asks_less(pool, model, clock):
     dispatcher = Dispatcher(concurrency=1, queue=1)
     for _ in range(100):
         dispatcher.admit("flood")
@@ -121,7 +131,7 @@ def test_the_last_place_in_the_line_is_kept_for_who_asks_less(pool, model):
     assert alone.result(5)
     for _ in range(4):
         dispatcher.admit("robot")
-        time.sleep(0.1)
+        clock.now += 0.1
     first = ask(pool, dispatcher, model, "third", caller("flood"))
     with pytest.raises(Rejected, match="of one client"):
         dispatcher.act(model, ["fourth"], caller("flood"))

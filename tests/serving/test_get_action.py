@@ -12,7 +12,7 @@ import pytest
 from protos.codec import pack_observation, unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.spaces import ACTION, Pose
-from tests.makers import far_scene, scene, small_spec, tiny_policy_file
+from tests.makers import UNHURRIED_MS, far_scene, scene, small_spec, tiny_policy_file
 
 FLOAT32, MILLIMETRES, UINT16 = pb.Observation.FLOAT32_METERS, pb.Observation.UINT16_MILLIMETERS, pb.Observation.UINT16
 SIZE = small_spec().observation.height
@@ -102,7 +102,7 @@ MALFORMED = {
     "a long episode": (request(episode_id="x" * 10_000, step=3), "NOT_FOUND", "episode_id"),
     "a step without an episode": (request(step=3), BAD, "step"),
     "the largest step": (request(step=2**64 - 1), BAD, "step"),
-    "an old frame": (request(observation_age_us=200_000), "OUT_OF_RANGE", "observation.age_us"),
+    "an old frame": (request(observation_age_us=round(UNHURRIED_MS * 1e3)), "OUT_OF_RANGE", "observation.age_us"),
     "the oldest frame": (request(observation_age_us=2**64 - 1), "OUT_OF_RANGE", "observation.age_us"),
     "a policy in other letters": (request(policy="TINY"), "NOT_FOUND", "policy"),
     "a policy with a space": (request(policy=" tiny"), "NOT_FOUND", "policy"),
@@ -173,8 +173,9 @@ def test_the_answer_says_who_answered_and_for_how_long(running):
     answer = running.stub.GetAction(request())
     assert (answer.policy, answer.version) == ("tiny", running.policy.version)
     assert answer.contract_digest == small_spec().digest
-    assert answer.valid_for_us == 200_000
-    assert running.stub.GetAction(request(observation_age_us=150_000)).valid_for_us == 50_000
+    assert answer.valid_for_us == UNHURRIED_MS * 1e3
+    older = running.stub.GetAction(request(observation_age_us=150_000))
+    assert older.valid_for_us == answer.valid_for_us - 150_000
     assert answer.timing.inference_us > 0
 
 
@@ -283,7 +284,7 @@ def test_workspace_needs_a_pose_and_shortens_the_motion(serve, healthy):
 @pytest.fixture
 def held(serve, healthy, monkeypatch):
     """A server of one inference at a time that has begun and ends only when the event is set."""
-    running = serve(policy=(str(healthy),), concurrency=1, queue=QUEUE + 1, valid_for_ms=60_000)
+    running = serve(policy=(str(healthy),), concurrency=1, queue=QUEUE + 1)
     release, asked = threading.Event(), threading.Event()
     session = running.sessions["tiny"]
     run = session.run

@@ -13,10 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos.codec import pack_observation
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
-from serving.config import Config
 from serving.errors import StartupError
 from serving.server import SERVICES, Server
-from tests.makers import far_scene, scene, tiny_policy_file
+from tests.makers import far_scene, scene, settings, tiny_policy_file
 from tests.serving.conftest import REPOSITORY, address_of
 
 Health = health_pb2.HealthCheckResponse
@@ -36,7 +35,7 @@ def act(address, observation, timeout=10):
 
 @pytest.mark.parametrize("service", ["", *SERVICES])
 def test_health_says_serving_only_after_the_proofs(healthy, service):
-    with Server(Config(policy=(str(healthy),), listen="localhost:0")) as server:
+    with Server(settings(healthy)) as server:
         assert status_of(server.address, service) == Health.NOT_SERVING
         with pytest.raises(grpc.RpcError) as refused:
             act(server.address, scene(0))
@@ -101,17 +100,17 @@ def test_a_port_in_use_is_a_clear_error(launch, healthy):
 
 def test_two_servers_cannot_share_a_port(running, healthy):
     with pytest.raises(StartupError, match="is the port in use"):
-        Server(Config(policy=(str(healthy),), listen=running.server.address))
+        Server(settings(healthy, listen=running.server.address))
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "192.0.2.1:50051", "robot.local:50051"])
 def test_an_address_that_others_reach_needs_insecure(healthy, listen):
     with pytest.raises(StartupError, match="--insecure"):
-        Server(Config(policy=(str(healthy),), listen=listen))
+        Server(settings(healthy, listen=listen))
 
 
 def test_insecure_is_a_choice(healthy):
-    with Server(Config(policy=(str(healthy),), listen="0.0.0.0:0", insecure=True)) as server:
+    with Server(settings(healthy, listen="0.0.0.0:0", insecure=True)) as server:
         server.load()
         act(server.address.replace("0.0.0.0", "127.0.0.1"), scene(0))
 
@@ -119,7 +118,7 @@ def test_insecure_is_a_choice(healthy):
 @pytest.mark.parametrize("listen", ["", "localhost", "50051", ":50051", "localhost:port", "localhost:70000"])
 def test_an_address_is_host_and_port(healthy, listen):
     with pytest.raises(StartupError, match="HOST:PORT"):
-        Server(Config(policy=(str(healthy),), listen=listen))
+        Server(settings(healthy, listen=listen))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +135,7 @@ def test_an_address_is_host_and_port(healthy, listen):
 )
 def test_impossible_settings_are_refused(changed, words):
     with pytest.raises(StartupError, match=words):
-        Server(Config(**{"policy": ("p.onnx",), "listen": "localhost:0", **changed}))
+        Server(settings("p.onnx", **changed))
 
 
 def test_help_teaches(launch):

@@ -76,7 +76,7 @@ def test_stats_tell_of_the_envelope_the_line_and_episodes(serve, tmp_path):
 
 def test_health_is_answered_while_every_place_is_taken(serve, healthy, monkeypatch):
     places = {"concurrency": 2, "queue": 2}
-    running, go = serve(policy=(str(healthy),), valid_for_ms=60_000, **places), threading.Event()
+    running, go = serve(policy=(str(healthy),), **places), threading.Event()
     session = running.sessions["tiny"]
     run = session.run
     monkeypatch.setattr(session, "run", lambda *args: (go.wait(20), run(*args))[1])

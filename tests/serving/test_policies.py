@@ -6,10 +6,9 @@ import pytest
 from protos.codec import pack_observation
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.spaces import PolicySpec
-from serving.config import Config
 from serving.errors import StartupError
 from serving.server import Server
-from tests.makers import scene, small_spec, tiny_policy_file
+from tests.makers import scene, settings, small_spec, tiny_policy_file
 
 
 @pytest.fixture
@@ -69,7 +68,7 @@ def test_an_unknown_policy_is_not_found(running, message, field):
 
 def test_the_same_policy_twice_is_a_mistake(healthy):
     with (
-        Server(Config(policy=(str(healthy), str(healthy)), listen="localhost:0")) as server,
+        Server(settings(healthy, healthy)) as server,
         pytest.raises(StartupError, match="given twice"),
     ):
         server.load()

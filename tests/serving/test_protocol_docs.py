@@ -116,8 +116,7 @@ def page_server(serve, policies, tmp_path, monkeypatch):
     identity.private_key_pem.write_to_path(tmp_path / "key.pem")
     identity.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
     secret = new_token("me", ("admin",), tmp_path / "tokens")
-    # A frame may be old here: the machine may be busy, and it is the examples that are tested.
-    common = {"policy": tuple(policies), "tokens": tmp_path / "tokens", "valid_for_ms": 10_000}
+    common = {"policy": tuple(policies), "tokens": tmp_path / "tokens"}
     plain = serve(record=tmp_path / "flight", **common)
     secure = serve(tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem", **common)
     return {PLAIN: plain.server.address, SECURE: secure.server.address, TOKEN: f"Bearer {secret}"}

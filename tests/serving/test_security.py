@@ -14,11 +14,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from serving.client import PolicyClient, PolicyError, Tls
-from serving.config import Config
 from serving.errors import StartupError
 from serving.security import Gate, new_token
 from serving.server import Server
-from tests.makers import scene
+from tests.makers import scene, settings
 from tests.serving.requests import acting, refusal
 from tests.serving.test_metrics import scrape
 
@@ -55,7 +54,7 @@ def guarded(request, pki, secrets, healthy):
     """(transport, whether tokens are asked for, a running server)"""
     transport, with_tokens = request.param
     flags = server_flags(pki, transport) | ({"tokens": secrets[0]} if with_tokens else {})
-    with Server(Config(policy=(f"tiny={healthy}",), listen="localhost:0", **flags)) as server:
+    with Server(settings(f"tiny={healthy}", **flags)) as server:
         server.load()
         yield transport, with_tokens, server
 
@@ -153,7 +152,7 @@ def test_every_transport_at_every_server(guarded, pki, secrets, how):
 
 def test_the_client_speaks_tls_with_a_pair_and_a_token(healthy, pki, secrets):
     flags = {"tokens": secrets[0], **server_flags(pki, "mTLS")}
-    with Server(Config(policy=(str(healthy),), listen="localhost:0", **flags)) as server:
+    with Server(settings(healthy, **flags)) as server:
         server.load()
         ours = pki / "ours"
         tls = Tls(ours / "ca.pem", ours / "client.pem", ours / "client.key")
@@ -240,7 +239,7 @@ def test_certificates_are_replaced_without_a_restart(healthy, pki, tmp_path):
         return ssl.DER_cert_to_PEM_cert(ssl.PEM_cert_to_DER_cert((pki / side / "localhost.pem").read_text()))
 
     put("ours", "pem", "key")
-    with Server(Config(policy=(str(healthy),), listen="localhost:0", tls_cert=cert, tls_key=key)) as server:
+    with Server(settings(healthy, tls_cert=cert, tls_key=key)) as server:
         server.load()
         with channel_to(server.address, pki, "TLS") as lasting:
             stub = pb_grpc.PolicyServiceStub(lasting)
@@ -263,17 +262,17 @@ def test_certificates_are_replaced_without_a_restart(healthy, pki, tmp_path):
 )
 def test_what_cannot_be_secured_does_not_start(healthy, changed, words):
     with pytest.raises(StartupError, match=words):
-        Server(Config(policy=(str(healthy),), listen="localhost:0", **changed))
+        Server(settings(healthy, **changed))
 
 
 def test_a_certificate_and_another_key_do_not_start(healthy, pki):
     pair = {"tls_cert": pki / "ours" / "localhost.pem", "tls_key": pki / "theirs" / "localhost.key"}
     with pytest.raises(StartupError, match="tls-cert"):
-        Server(Config(policy=(str(healthy),), listen="localhost:0", **pair))
+        Server(settings(healthy, **pair))
 
 
 def test_an_address_that_others_reach_is_fine_with_tls(healthy, pki):
-    with Server(Config(policy=(str(healthy),), listen="0.0.0.0:0", **server_flags(pki, "TLS"))) as server:
+    with Server(settings(healthy, listen="0.0.0.0:0", **server_flags(pki, "TLS"))) as server:
         assert server.address.startswith("0.0.0.0:")
 
 

@@ -62,9 +62,11 @@ class RunConfig:
     """What a reward one step later is worth."""
     n_step: int = 1
     """Steps of recorded reward before an update trusts a value; more carry a sparse reward back in fewer updates."""
-    augmentation: Literal["o2", "so2", "none"] = "so2"
+    augmentation: Literal["o2", "so2", "se2", "none"] = "so2"
     """so2: every sampled transition is turned by a random angle. o2: and mirrored half of the time, for tasks without
-    a left and a right. Applies to every --equivariance."""
+    a left and a right. se2: turned, and moved under the view by up to --shift-m. Applies to every --equivariance."""
+    shift_m: float = 0.007
+    """Of se2, in metres: two pixels of the default view. The action stays, so it is a tolerance that is asked for."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of convolutions during training. auto: bf16 where the processor has it, else fp32. Exports are fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -93,7 +95,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "n_step", "threads", "eval_every", "eval_episodes", "patience")
-        for name in ("minutes", "updates", "learning_rate", "checkpoint_s", *counts):
+        for name in ("minutes", "updates", "learning_rate", "shift_m", "checkpoint_s", *counts):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")

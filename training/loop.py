@@ -96,10 +96,11 @@ class Run:
         torch.manual_seed(int(torchs))
 
     def _augmented(self, batch: Batch) -> Batch:
-        if self.config.augmentation == "none":
+        how = self.config.augmentation
+        if how == "none":
             return batch
-        reflections = self.config.augmentation == "o2"
-        return randomly(batch, self.dataset.spec, self._generator, reflections=reflections)
+        shift_m = self.config.shift_m if how == "se2" else 0.0
+        return randomly(batch, self.dataset.spec, self._generator, reflections=how == "o2", shift_m=shift_m)
 
     def _explain(self, error: Diverged, index: torch.Tensor, batch: Batch) -> None:
         """Add to `error`, and write to a file, what a person needs to find the cause."""

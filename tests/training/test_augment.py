@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,10 +48,42 @@ def test_images_and_actions_turn_as_the_contract_says(
     np.testing.assert_array_equal(after.reward, batch.reward)
 
 
+@pytest.mark.parametrize(("row_axis", "col_axis"), CONVENTIONS)
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_scene_is_moved_as_the_world_is(flip: bool, row_axis: tuple[int, int], col_axis: tuple[int, int]) -> None:
+    """A block, turned by a quarter and then moved, is where the same block is found in the moved world."""
+    spec = PolicySpec(ObservationSpec(height=32, width=32, row_axis=row_axis, col_axis=col_axis), ACTION)
+    pixel_m = spec.observation.extent_m / 32
+    block, shift, turn = np.array([5.5, 2.5]) * pixel_m, np.array([-3.0, 4.0]) * pixel_m, Element(math.pi / 2, flip)
+
+    def seen(offset_m: np.ndarray) -> torch.Tensor:
+        row, col = spec.observation.pixel_of(offset_m).round().astype(int)
+        image = torch.full((32, 32), 0.3)
+        image[row, col] = 0.1
+        return image
+
+    batch = batch_of(spec, size=1)
+    batch = replace(batch, state=replace(batch.state, depth=seen(block)[None, None]))
+    moved = torch.tensor(shift[None], dtype=torch.float32)
+    after = transform(batch, torch.full((1,), turn.angle), torch.full((1,), flip), spec, moved)
+    np.testing.assert_allclose(after.state.depth[0, 0], seen(turn.planar @ block + shift), atol=1e-4)
+    np.testing.assert_allclose(after.action, turn.action(batch.action.numpy(), ACTION), atol=1e-6)
+
+
+def test_se2_moves_every_sample_within_its_bound_and_both_images_alike() -> None:
+    batch = batch_of(SMALL, size=64)
+    batch = replace(batch, next_state=batch.state)
+    still = randomly(batch, SMALL, torch.Generator().manual_seed(0))
+    moved = randomly(batch, SMALL, torch.Generator().manual_seed(0), shift_m=0.02)
+    torch.testing.assert_close(moved.action, still.action)
+    torch.testing.assert_close(moved.state.depth, moved.next_state.depth)
+    assert all(not torch.allclose(a, b) for a, b in zip(moved.state.depth, still.state.depth, strict=True))
+
+
 def test_every_sample_gets_an_angle_of_its_own() -> None:
     batch = batch_of(SMALL)
     same = Batch(batch.state, batch.action[:1].expand(5, -1), batch.reward, batch.discount, batch.next_state)
-    after = randomly(same, SMALL, torch.Generator().manual_seed(0), reflections=False)
+    after = randomly(same, SMALL, torch.Generator().manual_seed(0))
     planar = after.action[:, ACTION.slice_of("planar")]
     assert len(torch.unique(planar.round(decimals=4), dim=0)) == 5
     yaw = ACTION.slice_of("yaw")

@@ -59,7 +59,8 @@ class FlightFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._written, self._messages, self._described = path, 0, 0, 0
+        self._path, self._written, self._described = path, 0, 0
+        self.messages = 0
         self._file = path.open("xb", buffering=0)
         self._held = _Held()
         self._writer = Writer(self._held, 1, CompressionType.LZ4, IndexType.CHUNK)
@@ -73,8 +74,8 @@ class FlightFile:
         data = message.SerializeToString()
         self._writer.add_message(self._channels[topic], time_ns, data, time_ns)
         self._put()
-        self._messages += 1
-        return self._written + self._described + self._messages * INDEX_BYTES
+        self.messages += 1
+        return self._written + self._described + self.messages * INDEX_BYTES
 
     def close(self) -> None:
         """Write the index and close. Raises OSError when there is no room for it; what was written stays readable."""
@@ -94,7 +95,7 @@ class FlightFile:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._written)
             self._file.close()
-            if not self._messages:
+            if not self.messages:
                 self._path.unlink(missing_ok=True)
             raise
         self._written += len(data)

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 WAITING_BYTES = 32 * 2**20
 """Between the calls and the disk: 512 frames of 128 x 128, some seconds of a stalled disk."""
+FILE_MESSAGES = 16_384
+"""In one file, whatever their size: its index grows by 0.5 KiB a message and is in memory until the file is closed."""
 TRY_AGAIN_S = 1.0
 GATHER_S = 0.02
 """How often the thread looks for messages. To be woken by each would cost the call that wakes it."""
@@ -38,7 +40,8 @@ class _Item(NamedTuple):
 
 
 class Recorder:
-    """Writes into `folder`, a new file after `file_bytes`; the oldest go when there would be more than `total_bytes`.
+    """Writes into `folder`, a new file after `file_bytes` or FILE_MESSAGES; the oldest go when there would be more than
+    `total_bytes`.
 
     A file ends with the message that fills it, so it is larger by a part of that one.
 
@@ -134,7 +137,7 @@ class Recorder:
             self._describe(self._file, (message.response.policy, message.response.version), time_ns)
         size = self._file.write(message, time_ns)
         self._blocked_until = 0.0
-        if size >= self._file_bytes:
+        if size >= self._file_bytes or self._file.messages >= FILE_MESSAGES:
             self._close()
 
     def _open(self, time_ns: int) -> FlightFile:

@@ -135,6 +135,16 @@ def test_files_rotate_and_the_oldest_go(record, tmp_path):
         assert isinstance(next(read(file)).message, pb.FlightPolicy), "each file can be read alone"
 
 
+def test_files_end_before_their_index_takes_much_memory(record, tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder_module, "FILE_MESSAGES", 4)  # the description of the policy is one
+    recorder = record()
+    for number in range(7):
+        put(recorder, number)
+    recorder.close()
+    assert [sum(1 for _ in read(file)) for file in files_of(tmp_path)] == [4, 4, 2]
+    assert numbers_of(tmp_path) == list(range(7))
+
+
 def test_a_policy_that_an_episode_keeps_is_described_after_it_was_unloaded(record, tmp_path):
     live = [INFO]
     recorder = record(file_bytes=30_000, live=lambda: live)

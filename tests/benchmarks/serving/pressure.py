@@ -15,11 +15,14 @@ import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
+from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from serving.bench import Bench, Client
-from tests.benchmarks.serving.measure import REPOSITORY, Row, benched, served
+from tests.benchmarks.serving.measure import REPOSITORY, Row, apart, benched, served
+from tests.serving.load import connect, requests_for
 
 SECONDS = "8"
 REFUSED_S = 0.005
+LONE_CALLS = 2000
 
 
 def capacity(address: str) -> float:
@@ -30,7 +33,7 @@ def capacity(address: str) -> float:
 def overload(policy: Path, scratch: Path) -> list[Row]:
     """Requirements 4 and 10."""
     metrics_port = free_port()
-    with served(policy, "--metrics-port", str(metrics_port)) as running:
+    with apart() as cores, served(policy, "--metrics-port", str(metrics_port), cores=cores) as running:
         calm = benched(running.address, "--clients", "1", "--rate", "20", "--seconds", SECONDS)["codes"]["OK"]
         most = capacity(running.address)
         health, over = [], threading.Event()
@@ -42,26 +45,23 @@ def overload(policy: Path, scratch: Path) -> list[Row]:
         asking.join()
         here = {code: p99_within_s(metrics_port, code) * 1e3 for code in ("OK", "RESOURCE_EXHAUSTED")}
     codes = found["codes"]
-    refused = codes.get("RESOURCE_EXHAUSTED", {"p99": 0.0, "count": 0})
+    refused = codes.get("RESOURCE_EXHAUSTED", {"p50": 0.0, "p99": 0.0, "count": 0})
     ratio = codes["OK"]["p99"] / calm["p99"]
     others = {code: row["count"] for code, row in codes.items() if code not in ("OK", "RESOURCE_EXHAUSTED")}
     p99 = float(np.percentile(health, 99))
     return [
         Row(
-            f"twice the capacity ({most:.0f} a second): accepted calls' p99 <= 2 x unloaded",
+            f"server and callers on a core each, twice the capacity ({most:.0f} a second): accepted calls' "
+            "p99 <= 2 x unloaded",
             f"{codes['OK']['p99']:.1f} ms against {calm['p99']:.1f}: x {ratio:.2f}; "
             f"{codes['OK']['count']} accepted, {refused['count']} refused, others {others or 'none'}",
             ratio <= 2,
         ),
         Row(
             "the rest refused within 5 ms",
-            f"p50 {refused.get('p50', 0):.1f}, p99 {refused['p99']:.1f} ms",
+            f"p50 {refused['p50']:.1f}, p99 {refused['p99']:.1f} ms; by the server's clock p99 within "
+            f"{here['RESOURCE_EXHAUSTED']:g} ms, of accepted calls within {here['OK']:g} ms",
             refused["p99"] <= REFUSED_S * 1e3,
-        ),
-        Row(
-            "both by the server's clock, arrival to answer, without the callers' share of these cores",
-            f"p99 of accepted calls within {here['OK']:g} ms, of refusals within {here['RESOURCE_EXHAUSTED']:g} ms",
-            here["OK"] <= 2 * calm["p99"] and here["RESOURCE_EXHAUSTED"] <= REFUSED_S * 1e3,
         ),
         Row("health at saturation: p99 <= 20 ms", f"{p99:.1f} ms of {len(health)} checks", p99 <= 20),
     ]
@@ -120,7 +120,9 @@ def spend(client: Client, address: str, neighbour: Neighbour | None) -> list[flo
 
     if neighbour is None:
         return seen(TURN_S)
-    command = [sys.executable, "-m", "serving.bench", "--server", address, *neighbour.flags, "--seconds", "600"]
+    # At the lowest priority: on the core that callers share, the client that is measured comes first.
+    command = ["nice", "-n", "19", sys.executable, "-m", "serving.bench", "--server", address, *neighbour.flags]
+    command += ["--seconds", "600"]
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL) as process:
         time.sleep(BEGIN_S)
         found = seen(TURN_S / 2)
@@ -152,7 +154,7 @@ def beside(
 def isolation(policy: Path, scratch: Path) -> list[Row]:
     """Requirement 11. The control shows what sharing the machine's cores costs, whoever serves the neighbour."""
     rows = []
-    with served(policy) as running, served(policy) as other:
+    with apart() as cores, served(policy, cores=cores) as running, served(policy, cores=cores) as other:
         for what, address, before, after in (
             ("alone, then beside one that floods at 10 x", running.address, None, FLOOD),
             ("beside another, then beside one that is killed mid-call", running.address, ROBOT,
@@ -163,7 +165,7 @@ def isolation(policy: Path, scratch: Path) -> list[Row]:
             (p50, p99), (p50_then, p99_then) = np.percentile(calm, (50, 99)), np.percentile(disturbed, (50, 99))
             rows.append(
                 Row(
-                    f"a 20 Hz client's p99, {what}: <= +20 %",
+                    f"server and callers on a core each: a 20 Hz client's p99, {what}: <= +20 %",
                     f"{p99:.1f} to {p99_then:.1f} ms, {p99_then / p99 - 1:+.0%}; p50 {p50:.1f} to {p50_then:.1f}; "
                     f"{len(calm)} and {len(disturbed)} calls, others {refused or 'none'}",
                     p99_then / p99 <= 1.2,
@@ -177,16 +179,24 @@ def batching(policy: Path, scratch: Path) -> list[Row]:
     lone, many = {"off": [], "on": []}, {}
     with served(policy, "--queue", "16") as off, served(policy, "--queue", "16", "--max-batch", "8") as on:
         servers = {"off": off.address, "on": on.address}
-        for _ in range(6):
-            for name, address in servers.items():
-                found = benched(address, "--clients", "1", "--rate", "50", "--seconds", "4")
-                lone[name].append(found["codes"]["OK"]["p50"])
+        requests = requests_for(off.address)
+        with connect(off.address) as to_off, connect(on.address) as to_on:
+            stubs = {"off": pb_grpc.PolicyServiceStub(to_off), "on": pb_grpc.PolicyServiceStub(to_on)}
+            for i in range(LONE_CALLS):
+                for name, stub in stubs.items():
+                    start = time.perf_counter()
+                    stub.GetAction(requests[i % len(requests)], timeout=5)
+                    lone[name].append((time.perf_counter() - start) * 1e3)
         for name, address in servers.items():
             found = benched(address, "--clients", "16", "--rate", "0", "--seconds", "6")
             many[name] = found["answers_per_second"]
     cost = np.median(lone["on"]) - np.median(lone["off"])
     return [
-        Row("micro-batching costs a lone client <= 0.1 ms", f"{cost:+.2f} ms", cost <= 0.1),
+        Row(
+            f"micro-batching costs a lone client <= 0.1 ms, {LONE_CALLS} calls with and without in turns",
+            f"{cost:+.3f} ms over {np.median(lone['off']):.2f}",
+            cost <= 0.1,
+        ),
         Row(
             "what it brings 16 callers (no bound)",
             f"{many['off']:.0f} to {many['on']:.0f} answers a second, x {many['on'] / many['off']:.2f}",

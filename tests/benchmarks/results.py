@@ -1,10 +1,10 @@
 """What is learned, from what, in how long: makes docs/results.md by the public commands.
 
-    python -m tests.benchmarks.results --home runs/results --output docs/results.md
+    python -m tests.benchmarks.results --rows drawer-200
 
-Each cell is a collection, a training and 100 closed-loop episodes through the server, for one seed. A cell whose report
-exists is not made again, so the study can be stopped and continued, row by row (--rows). Keep the machine free: budgets
-are minutes, not updates.
+Each cell is a collection, a training and 100 closed-loop episodes through the server, for one seed. Its report is kept
+in docs/results, and a cell that has one is not made again: the study can be stopped and continued, row by row, on
+another day. Keep the machine free, because budgets are minutes, not updates; rows with `--threads 1` need one core.
 """
 
 import json
@@ -36,7 +36,7 @@ class Row:
     minutes: float
 
 
-EXPERT, NOISY = "--behavior expert", "--behavior noisy --target-success 0.4"
+EXPERT, NOISY, ONE_CORE = "--behavior expert", "--behavior noisy --target-success 0.4", "--threads 1"
 ROWS = (
     Row("drawer-200", "drawer_opening", f"{EXPERT} --transitions 200", "--algo bc", 5),
     Row("drawer-1000-iql", "drawer_opening", f"{EXPERT} --transitions 1000", "--algo iql", 12),
@@ -46,10 +46,10 @@ ROWS = (
     Row("noisy-bc", "drawer_opening", f"{NOISY} --transitions 1000", "--algo bc", 10),
     Row("noisy-iql", "drawer_opening", f"{NOISY} --transitions 1000", "--algo iql", 10),
     Row("noisy-cql", "drawer_opening", f"{NOISY} --transitions 1000", "--algo cql", 10),
-    Row("equivariant-iql", "drawer_opening", f"{EXPERT} --transitions 150", "--algo iql", 5),
-    Row("plain-iql", "drawer_opening", f"{EXPERT} --transitions 150", "--algo iql --equivariance none", 5),
-    Row("equivariant-cql", "drawer_opening", f"{EXPERT} --transitions 150", "--algo cql", 5),
-    Row("plain-cql", "drawer_opening", f"{EXPERT} --transitions 150", "--algo cql --equivariance none", 5),
+    Row("equivariant-iql", "drawer_opening", f"{EXPERT} --transitions 150", f"--algo iql {ONE_CORE}", 10),
+    Row("plain-iql", "drawer_opening", f"{EXPERT} --transitions 150", f"--algo iql --equivariance none {ONE_CORE}", 10),
+    Row("equivariant-cql", "drawer_opening", f"{EXPERT} --transitions 150", f"--algo cql {ONE_CORE}", 10),
+    Row("plain-cql", "drawer_opening", f"{EXPERT} --transitions 150", f"--algo cql --equivariance none {ONE_CORE}", 10),
 )
 
 
@@ -58,9 +58,9 @@ class Study:
     """Make the table of results, or the part of it that is missing."""
 
     home: Path = Path("runs/results")
-    """Data, runs and reports go here."""
-    output: Path | None = None
-    """Write the table here too, as a page."""
+    """Data and runs go here."""
+    output: Path = Path("docs/results.md")
+    """The page with the table. The reports lie beside it, in a folder of its name."""
     rows: tuple[str, ...] = ()
     """Names of rows to make; empty: all. Rows that were made earlier are shown in any case."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -95,7 +95,7 @@ def make(row: Row, seed: int, study: Study) -> None:
 
 
 def _report(row: Row, seed: int, study: Study) -> Path:
-    return study.home / f"{row.name}-{seed}.json"
+    return study.output.with_suffix("") / f"{row.name}-{seed}.json"
 
 
 def table(study: Study) -> str:
@@ -119,12 +119,15 @@ def table(study: Study) -> str:
 
 
 def page(study: Study) -> str:
-    command = f"python -m tests.benchmarks.results --home {study.home} --output {study.output}"
+    missing = [row.name for row in ROWS if not all(_report(row, seed, study).exists() for seed in study.seeds)]
     return (
-        "# Results\n\nClosed-loop success through the server on two CPU cores, "
-        f"{study.episodes} episodes per seed; preset `cpu`, `--augmentation o2`. Made by\n\n    {command}\n\n"
+        "# Results\n\nClosed-loop success through the server on two CPU cores, or one where a row says `--threads 1`; "
+        f"{study.episodes} episodes per seed; preset `cpu`, `--augmentation o2`. Made by\n\n"
+        "    python -m tests.benchmarks.results\n\n"
         "Each cell is `sim_client.collect`, `training.run`, `serving.server` and `sim_client.evaluate` with the flags "
-        "of its row; the intervals are Wilson's, over all episodes of a row.\n\n" + table(study)
+        "of its row; its report is in [results/](results). The intervals are Wilson's, over all episodes of a row.\n\n"
+        + table(study)
+        + (f"\nNot measured yet, or not with all seeds: {', '.join(missing)}.\n" if missing else "")
     )
 
 
@@ -137,9 +140,8 @@ def main() -> None:
         for seed in study.seeds:
             if not study.rows or row.name in study.rows:
                 make(row, seed, study)
+                write_atomically(study.output, page(study).encode())
     print("\n" + table(study))
-    if study.output:
-        write_atomically(study.output, page(study).encode())
 
 
 if __name__ == "__main__":

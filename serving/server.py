@@ -31,6 +31,7 @@ from serving.dispatcher import Dispatcher
 from serving.errors import PolicyRefused, StartupError
 from serving.frames import FrameWatch
 from serving.library import Library
+from serving.memory import share_heaps
 from serving.metrics import Metrics
 from serving.parsing import Parser
 from serving.recorder import Recorder
@@ -251,6 +252,7 @@ def check(config: Config) -> str:
 
 def serve(config: Config) -> None:
     """Serve until SIGTERM, SIGINT or PolicyAdmin.Drain."""
+    share_heaps()
     with Server(config) as server:
         refresh = threading.Event()
 

@@ -1,6 +1,7 @@
 """What is suspicious about a frame, though it is valid: a camera that repeats itself, or that sees little."""
 
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from protos.spaces import Observation
 
 REMEMBERED = 256
 """Sources whose last frame is kept (64 KiB each); the one that was silent longest is forgotten."""
+QUIET_S = 60.0
+"""And whoever was silent for so long: clients that come and go would otherwise leave 16 MiB of frames."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class FrameWatch:
     def __init__(self, rules: FrameRules) -> None:
         self._rules = rules
         self._lock = threading.Lock()
-        self._last: OrderedDict[str, tuple[bytes, int]] = OrderedDict()
+        self._last: OrderedDict[str, tuple[bytes, int, float]] = OrderedDict()
 
     def check(self, source: str, pixels: bytes, observation: Observation) -> list[str]:
         """What to warn of.
@@ -44,11 +47,11 @@ class FrameWatch:
         """
         rules, warnings = self._rules, list[tuple[str, str]]()
         with self._lock:
-            before, times = self._last.pop(source, (b"", 0))
+            now = time.monotonic()
+            before, times, _ = self._last.pop(source, (b"", 0, now))
+            self._forget(now)
             times = times + 1 if pixels == before else 1
-            self._last[source] = pixels, times
-            if len(self._last) > REMEMBERED:
-                self._last.popitem(last=False)
+            self._last[source] = pixels, times, now
         if 0 < rules.frozen_after <= times:
             warnings.append(("a camera that moves on", f"the same frame {times} times running"))
         depth = observation.depth
@@ -58,3 +61,11 @@ class FrameWatch:
         if warnings and rules.strict:
             raise Rejected("observation.depth", *warnings[0], "check the camera", Status.FAILED_PRECONDITION)
         return [f"observation.depth: expected {expected}, got {got}" for expected, got in warnings]
+
+    def _forget(self, now: float) -> None:
+        """Who was silent longest stands first."""
+        while self._last:
+            _, _, since = next(iter(self._last.values()))
+            if len(self._last) < REMEMBERED and now - since < QUIET_S:
+                break
+            self._last.popitem(last=False)

@@ -1,11 +1,13 @@
 """Suspicious frames: a warning in the reply, or a refusal where that was asked for."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.spaces import Observation
-from serving.frames import REMEMBERED, FrameRules, FrameWatch
+from serving.frames import QUIET_S, REMEMBERED, FrameRules, FrameWatch
 from tests.makers import scene, small_spec
 from tests.serving.requests import acting, refusal
 
@@ -65,6 +67,19 @@ def test_memory_is_bounded():
     for source in range(3 * REMEMBERED):
         watch.check(str(source), np.int64(source).tobytes(), scene(0))
     assert len(watch._last) == REMEMBERED
+
+
+def test_who_was_silent_is_forgotten(monkeypatch):
+    """A client that comes and goes leaves nothing, and one that pauses does not repeat itself."""
+    now = 0.0
+    monkeypatch.setattr("serving.frames.time", SimpleNamespace(monotonic=lambda: now))
+    watch, seen = FrameWatch(FrameRules(frozen_after=2)), scene(0)
+    for source in range(20):
+        watch.check(str(source), b"same", seen)
+        now += QUIET_S / 4
+    assert len(watch._last) == 4
+    assert watch.check("19", b"same", seen)
+    assert not watch.check("0", b"same", seen)
 
 
 def test_both_can_be_switched_off():

@@ -57,7 +57,7 @@ class Evaluate:
     min_success: float | None = None
     """Exit with 1 when the success rate is below this share."""
     timeout_s: float = 5.0
-    """Deadline of one call, and for how long a server may refuse one for lack of room."""
+    """Deadline of one call, and for how long a server may refuse one for lack of room or for an old frame."""
     wait_s: float = 30.0
     """How long to wait for a server that is still starting."""
     world: Annotated[World, tyro.conf.arg(name="")] = field(default_factory=World)
@@ -72,7 +72,7 @@ class Evaluate:
 class Robot:
     """Acts through a client, an episode at a time, and keeps what it saw: latencies, interventions, holds, refusals.
 
-    Raises PolicyError, also when the server had no room for a call for `patience_s`.
+    Raises PolicyError, also when the server had no room or no time for a call for `patience_s`.
     """
 
     def __init__(self, client: PolicyClient, patience_s: float) -> None:

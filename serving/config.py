@@ -85,7 +85,7 @@ class Config:
     record: Path | None = None
     """Write a flight recording into this folder (MCAP; `python -m serving.replay` reads it)."""
     record_file_mib: int = 256
-    """A new file is begun after so much, or 16 384 messages."""
+    """A new file is begun after so much, or sooner where messages are small."""
     record_total_mib: int = 4096
     """The oldest files of this folder go when together they exceed this."""
     log_format: Literal["text", "json"] = "text"

@@ -56,12 +56,10 @@ def randomly(
     size, device = len(batch.action), generator.device
     angle = 2 * math.pi * torch.rand(size, generator=generator, device=device)
     flip = torch.rand(size, generator=generator, device=device) < (0.5 if reflections else 0.0)
-    to = batch.action.device
-    if not shift_m:
-        return transform(batch, angle.to(to), flip.to(to), spec)
     radius = shift_m * torch.rand(size, generator=generator, device=device).sqrt()
     where = 2 * math.pi * torch.rand(size, generator=generator, device=device)
     shift = torch.stack([radius * torch.cos(where), radius * torch.sin(where)], dim=-1)
+    to = batch.action.device
     return transform(batch, angle.to(to), flip.to(to), spec, shift.to(to))
 
 

@@ -4,6 +4,7 @@ Each client has its own connection and sends at its own fixed rate, like a robot
 sending a request to having its answer.
 """
 
+import asyncio
 import json
 import math
 import sys
@@ -72,17 +73,24 @@ class Tally:
     """decode + safety + encode of each answer: the server's work apart from the model."""
     skipped: int = 0
 
+    def note(self, code: str, sent: float, answer: pb.GetActionResponse | None = None) -> None:
+        """A call that was sent then (time.perf_counter) has just ended."""
+        self.latency_ms.setdefault(code, []).append((time.perf_counter() - sent) * 1e3)
+        if answer is not None:
+            timing = answer.timing
+            self.server_ms.append((timing.decode_us + timing.safety_us + timing.encode_us) / 1e3)
+
     @property
     def counts(self) -> Counter[str]:
         return Counter({code: len(spent) for code, spent in self.latency_ms.items()})
 
 
-def connect(bench: Bench) -> grpc.Channel:
-    """A connection of its own: channels to one address would otherwise share one."""
+def connect(bench: Bench, kind: Any = grpc) -> Any:
+    """A connection of its own, of grpc or grpc.aio: channels to one address would otherwise share one."""
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
     if bench.tls_ca is None:
-        return grpc.insecure_channel(bench.server, options=options)
-    return grpc.secure_channel(bench.server, grpc.ssl_channel_credentials(bench.tls_ca.read_bytes()), options=options)
+        return kind.insecure_channel(bench.server, options=options)
+    return kind.secure_channel(bench.server, grpc.ssl_channel_credentials(bench.tls_ca.read_bytes()), options=options)
 
 
 def pictures(spec: PolicySpec, seed: int) -> list[pb.Observation]:
@@ -102,12 +110,11 @@ class Client:
 
     def __init__(self, bench: Bench, seed: int) -> None:
         self._bench, self.tally = bench, Tally()
+        self._metadata = (("authorization", f"Bearer {bench.token}"),) if bench.token else ()
+        self._deadline_s = bench.deadline_ms / 1e3
+        asked = pb.GetPolicyRequest(name=bench.policy)
         self._channel = connect(bench)
         self._stub = pb_grpc.PolicyServiceStub(self._channel)
-        self._metadata = (("authorization", f"Bearer {bench.token}"),) if bench.token else ()
-        self._free = threading.Semaphore(bench.outstanding)
-        self._lock = threading.Lock()
-        asked = pb.GetPolicyRequest(name=bench.policy)
         info = self._stub.GetPolicy(asked, timeout=CONNECT_S, metadata=self._metadata, wait_for_ready=True).policy
         self._requests = [
             pb.GetActionRequest(observation=picture, policy=bench.policy)
@@ -115,52 +122,61 @@ class Client:
         ]
 
     def run(self, start: float) -> None:
-        """Send from `start` (time.perf_counter) for the bench's time, then wait for what is under way."""
+        """Send from `start` (time.perf_counter) for the bench's time, one call after another, as a controller does."""
         bench, beats = self._bench, 0
         while (now := time.perf_counter()) < start + bench.seconds:
             due = start + beats / bench.rate if bench.rate else now
             if now < due:
                 time.sleep(due - now)
                 continue
-            if self._free.acquire(blocking=not bench.rate):
-                self._send(self._requests[beats % PICTURES])
+            if bench.rate and now >= due + 1 / bench.rate:
+                self.tally.skipped += 1  # the answer before came too late for this beat
             else:
-                self.tally.skipped += 1
+                self._ask(self._requests[beats % PICTURES])
             beats += 1
-        for _ in range(bench.outstanding):
-            self._free.acquire(timeout=bench.deadline_ms / 1e3 + 5)
+
+    def _ask(self, request: pb.GetActionRequest) -> None:
+        sent = time.perf_counter()
+        try:
+            answer = self._stub.GetAction(request, timeout=self._deadline_s, metadata=self._metadata)
+            self.tally.note("OK", sent, answer)
+        except grpc.RpcError as error:
+            self.tally.note(error.code().name, sent)
+
+    async def run_open(self, start: float) -> None:
+        """The same with many calls under way, on one thread: their callbacks' threads would be in each other's way."""
+        bench, beats = self._bench, 0
+        free = asyncio.Semaphore(bench.outstanding)
+        under_way: set[asyncio.Task[None]] = set()
+        async with connect(bench, grpc.aio) as channel:
+            stub = pb_grpc.PolicyServiceStub(channel)
+            while (now := time.perf_counter()) < start + bench.seconds:
+                due = start + beats / bench.rate if bench.rate else now
+                if now < due:
+                    await asyncio.sleep(due - now)
+                    continue
+                if bench.rate and free.locked():
+                    self.tally.skipped += 1
+                else:
+                    await free.acquire()
+                    task = asyncio.create_task(self._ask_beside(stub, self._requests[beats % PICTURES], free))
+                    under_way.add(task)
+                    task.add_done_callback(under_way.discard)
+                beats += 1
+            await asyncio.gather(*under_way)
+
+    async def _ask_beside(self, stub: Any, request: pb.GetActionRequest, free: asyncio.Semaphore) -> None:
+        sent = time.perf_counter()
+        try:
+            answer = await stub.GetAction(request, timeout=self._deadline_s, metadata=self._metadata)
+            self.tally.note("OK", sent, answer)
+        except grpc.RpcError as error:
+            self.tally.note(error.code().name, sent)
+        finally:
+            free.release()
 
     def close(self) -> None:
         self._channel.close()
-
-    def _send(self, request: pb.GetActionRequest) -> None:
-        if self._bench.outstanding == 1:  # a blocking call is what a controller makes, and costs no second thread
-            sent = time.perf_counter()
-            try:
-                self._note("OK", sent, self._stub.GetAction(request, timeout=self._deadline_s, metadata=self._metadata))
-            except grpc.RpcError as error:
-                self._note(error.code().name, sent, None)
-            return
-        sent = time.perf_counter()
-        call = self._stub.GetAction.future(request, timeout=self._deadline_s, metadata=self._metadata)
-        call.add_done_callback(lambda done: self._finished(done, sent))
-
-    @property
-    def _deadline_s(self) -> float:
-        return self._bench.deadline_ms / 1e3
-
-    def _finished(self, call: Any, sent: float) -> None:
-        code = call.code()
-        self._note(code.name, sent, call.result() if code is grpc.StatusCode.OK else None)
-
-    def _note(self, code: str, sent: float, answer: pb.GetActionResponse | None) -> None:
-        spent = (time.perf_counter() - sent) * 1e3
-        with self._lock:
-            self.tally.latency_ms.setdefault(code, []).append(spent)
-            if answer is not None:
-                timing = answer.timing
-                self.tally.server_ms.append((timing.decode_us + timing.safety_us + timing.encode_us) / 1e3)
-        self._free.release()
 
 
 def load(bench: Bench) -> tuple[list[Tally], float]:
@@ -168,19 +184,23 @@ def load(bench: Bench) -> tuple[list[Tally], float]:
     clients = [Client(bench, seed) for seed in range(bench.clients)]
     start = time.perf_counter() + 0.1
     # Spread over one period: robots do not beat together.
-    offsets = [i / bench.clients / bench.rate if bench.rate else 0.0 for i in range(bench.clients)]
-    threads = [
-        threading.Thread(target=client.run, args=(start + offset,))
-        for client, offset in zip(clients, offsets, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    starts = [start + (i / bench.clients / bench.rate if bench.rate else 0.0) for i in range(bench.clients)]
+    if bench.outstanding == 1:
+        threads = [threading.Thread(target=c.run, args=(at,)) for c, at in zip(clients, starts, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    else:
+        asyncio.run(_all_open(clients, starts))
     took = time.perf_counter() - start
     for client in clients:
         client.close()
     return [client.tally for client in clients], took
+
+
+async def _all_open(clients: list[Client], starts: list[float]) -> None:
+    await asyncio.gather(*(client.run_open(at) for client, at in zip(clients, starts, strict=True)))
 
 
 def summary(tallies: list[Tally], took: float) -> dict[str, Any]:

@@ -147,10 +147,17 @@ class Dispatcher:
 
     @property
     def _room(self) -> int:
-        """How many may wait: always one, and more where the last of them gets its turn in time."""
+        """How many may wait: always one, and more where the last of them gets its turn in time.
+
+        Where all together ask for more than there is, somebody is refused anyway: then only those may wait who are
+        next, or everybody would wait as long as the line allows.
+        """
         if not self._rhythm.turn_s:
             return self._longest
-        turns = self._max_wait_s / self._rhythm.turn_s * self._concurrency * self._max_batch
+        at_once = self._concurrency * self._max_batch
+        if self._rhythm.asked_too_much(time.monotonic()):
+            return min(self._longest, at_once)
+        turns = self._max_wait_s / self._rhythm.turn_s * at_once
         return min(self._longest, max(1, int(min(turns, self._longest))))
 
     def _require_share(self, name: str) -> None:

@@ -103,6 +103,10 @@ class Rhythm:
     def took(self, seconds: float) -> None:
         self.turn_s += (0.1 if self.turn_s else 1.0) * (seconds - self.turn_s)
 
+    def asked_too_much(self, now: float) -> bool:
+        """All clients together ask for more inferences than there are."""
+        return sum(c.hz(now) for c in self._active(now).values()) * self.turn_s > self._concurrency
+
     def is_in_the_way(self, name: str, now: float) -> bool:
         """An inference for `name`, begun now, would be at the cost of clients that ask for less."""
         others = self.rarer(name, now)
@@ -110,8 +114,7 @@ class Rhythm:
             return False
         mine, active = self._clients[name], self._active(now)
         asked = mine.hz(now)
-        places = self._concurrency / self.turn_s if self.turn_s else math.inf  # inferences a second
-        fits = sum(c.hz(now) for c in active.values()) <= places or asked <= places / len(active)
+        fits = not self.asked_too_much(now) or asked * self.turn_s <= self._concurrency / len(active)
         if asked <= self._client_hz and fits:
             return False
         return mine.starts.at(now) >= self._client_hz or any(c.due(now, self.turn_s) for c in others)

@@ -34,6 +34,7 @@ from serving.library import Library
 from serving.memory import share_heaps
 from serving.metrics import Metrics
 from serving.parsing import Parser
+from serving.porter import Porter
 from serving.recorder import Recorder
 from serving.registry import Registry
 from serving.security import Certificates, Doorman, Gate
@@ -92,6 +93,7 @@ class Server:
             pool,
             interceptors=[
                 *([Doorman(self.gate, self.answering.refuse)] if config.tokens else []),
+                Porter(self.dispatcher, self.gate, self.answering),
                 Parser(self.answering.refuse),
             ],
             options=[

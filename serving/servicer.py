@@ -82,7 +82,6 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         with self._answering("GetActionBatch", context) as call:
             if not 1 <= len(request.requests) <= MAX_BATCH_ITEMS:
                 raise Rejected("requests", f"1 to {MAX_BATCH_ITEMS} items", str(len(request.requests)))
-            self._dispatcher.admit(call.client)
             items = [pb.GetActionBatchResponse.Item() for _ in request.requests]
             tasks: dict[Policy, list[tuple[int, _Task]]] = {}
             for i, one in enumerate(request.requests):
@@ -165,7 +164,6 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
     ) -> pb.GetActionResponse:
         """One observation's way through the server."""
         phases = call.phases
-        self._dispatcher.admit(call.client)
         with phases.timed("decode"):
             task = self._understand(request, call, episode, previous)
         left_s = self._valid_for_s - task.age_s

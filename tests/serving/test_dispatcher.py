@@ -211,6 +211,34 @@ def test_a_failure_of_a_shared_run_is_everyones(pool, model):
     assert (dispatcher.running, dispatcher.waiting) == (0, 0)
 
 
+def test_in_an_overload_only_the_next_may_wait(pool, model, clock):
+    """More is asked than there is: a longer line would serve nobody more, and everybody later."""
+    dispatcher = Dispatcher(concurrency=1, queue=4)
+    first = ask(pool, dispatcher, model, "first")
+    clock.now += 0.01  # what an inference takes
+    model.go.release()
+    assert first.result(5)
+
+    def call_at(hz):
+        for i in range(400):
+            clock.now += 1 / hz
+            dispatcher.admit(f"client {i % 4}")
+
+    def let_wait(many):
+        calls = [ask(pool, dispatcher, model, name) for name in "abcde"[: many + 1]]
+        with pytest.raises(Rejected, match=f"at most {many} waiting"):
+            dispatcher.act(model, ["late"], caller("late"))
+        clock.now += 0.01 * len(calls)
+        model.go.release(len(calls))
+        assert all(call.result(5) for call in calls)
+
+    call_at(80)
+    let_wait(4)
+    dispatcher._rhythm.turn_s = 0.01  # those calls' inferences took the whole test's time
+    call_at(120)
+    let_wait(1)
+
+
 def test_many_threads_leave_nothing_behind(pool):
     dispatcher, model = Dispatcher(concurrency=3, queue=6, max_batch=2, max_wait_s=0.02, client_hz=50), Model()
     model.go.release(10_000)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 WAITING_BYTES = 32 * 2**20
 """Between the calls and the disk: 512 frames of 128 x 128, some seconds of a stalled disk."""
-FILE_MESSAGES = 16_384
+FILE_MESSAGES = 4096
 """In one file, whatever their size: its index grows by 0.5 KiB a message and is in memory until the file is closed."""
 TRY_AGAIN_S = 1.0
 GATHER_S = 0.02

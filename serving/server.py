@@ -189,23 +189,25 @@ class Server:
 
 
 class _Workers(ThreadPoolExecutor):
-    """grpc's worker threads, and how long the call that a thread is answering had waited for one."""
+    """grpc's worker threads, and how long ago the call came that a thread is answering: it waited for the thread, then
+    for its message."""
 
     def __init__(self, workers: int) -> None:
         super().__init__(workers, thread_name_prefix="call")
-        self._waited = threading.local()
+        self._call = threading.local()
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         submitted = time.perf_counter()
 
         def timed() -> Any:
-            self._waited.s = time.perf_counter() - submitted
+            self._call.came = submitted
             return fn(*args, **kwargs)
 
         return super().submit(timed)
 
     def queued_s(self) -> float:
-        return getattr(self._waited, "s", 0.0)
+        came = getattr(self._call, "came", None)
+        return 0.0 if came is None else time.perf_counter() - came
 
 
 def _bind(server: grpc.Server, config: Config) -> str:

@@ -76,14 +76,14 @@ def unpack_observation(message: pb.Observation, spec: ObservationSpec) -> Observ
     ):
         if got != expected:
             raise Rejected(f"observation.{name}", f"{expected} pixels", str(got), "resize to the policy's view")
-    size = spec.height * spec.width * dtype.itemsize
-    if len(message.depth) != size:
+    size, pixels = spec.height * spec.width * dtype.itemsize, message.depth  # which is copied whenever it is read
+    if len(pixels) != size:
         raise Rejected(
             "observation.depth",
             f"{size} bytes ({spec.height} x {spec.width} x {dtype.itemsize})",
-            f"{len(message.depth)} bytes",
+            f"{len(pixels)} bytes",
         )
-    depth: NDArray[Any] = np.frombuffer(message.depth, dtype).reshape(spec.shape)
+    depth: NDArray[Any] = np.frombuffer(pixels, dtype).reshape(spec.shape)
     if dtype.kind == "u":
         depth = _metres(depth, message)
     low, high, slack = float(depth.min()), float(depth.max()), _rounding_m(message, spec)

@@ -33,20 +33,26 @@ TOLD = 400
 """Characters of a refusal's parts: what came may be long, and headers may not."""
 
 
+class Arrival(NamedTuple):
+    """When a call's headers came (time.perf_counter), and how long it waited for a thread."""
+
+    at: float
+    pool_s: float
+
+
 class Call:
     """One call on its way."""
 
-    def __init__(self, context: grpc.ServicerContext, client: str, request_id: str, queued_s: float) -> None:
+    def __init__(self, context: grpc.ServicerContext, client: str, request_id: str, arrival: Arrival | None) -> None:
         self.client, self.request_id, self.phases = client, request_id, Phases()
-        self.arrived = time.perf_counter() - queued_s
-        self.pool_s = queued_s
+        self.arrived, self.pool_s = arrival or Arrival(time.perf_counter(), 0.0)
         remaining = context.time_remaining()
         self.expires_at = math.inf if remaining is None else time.monotonic() + remaining
         self._context = context
 
     @property
     def elapsed_s(self) -> float:
-        """Since it arrived, its time in the queue of threads included."""
+        """Since it arrived: the wait for a thread and for its message included."""
         return time.perf_counter() - self.arrived
 
     @property
@@ -70,9 +76,9 @@ class Answering:
     """What all methods share: identity, counting, and refusals that name the field, what was expected and what came."""
 
     def __init__(
-        self, metrics: Metrics, gate: Gate, tracer: Tracer, queued_s: Callable[[], float] = lambda: 0.0
+        self, metrics: Metrics, gate: Gate, tracer: Tracer, arrival: Callable[[], Arrival | None] = lambda: None
     ) -> None:
-        self.metrics, self._gate, self._tracer, self._queued_s = metrics, gate, tracer, queued_s
+        self.metrics, self._gate, self._tracer, self._arrival = metrics, gate, tracer, arrival
         self.draining = False
         self._prefix, self._count = uuid.uuid4().hex[:8], itertools.count(1)
         self._throttle = Throttle()
@@ -82,7 +88,7 @@ class Answering:
         """Turn what goes wrong into one gRPC status, and count the call under it. No traceback leaves the server."""
         metadata = context.invocation_metadata()
         service = "PolicyAdmin" if method in ADMIN_METHODS else "PolicyService"
-        refusal, call = None, Call(context, context.peer(), self._request_id(metadata), self._queued_s())
+        refusal, call = None, Call(context, context.peer(), self._request_id(metadata), self._arrival())
         with self._tracer.span(method, call.request_id) as span:
             try:
                 call.client = self._gate.require(f"/equiserve.v1.{service}/{method}", metadata) or call.client
@@ -104,7 +110,7 @@ class Answering:
 
     def refuse(self, method: str, rejected: Rejected, context: grpc.ServicerContext, call: Call | None = None) -> None:
         """Count, log and answer a refusal."""
-        call = call or Call(context, context.peer(), self._request_id(context.invocation_metadata()), self._queued_s())
+        call = call or Call(context, context.peer(), self._request_id(context.invocation_metadata()), self._arrival())
         self.metrics.record(method, rejected.status.value, call.elapsed_s, call.phases)
         if self._throttle.allows():
             left_out = self._throttle.left_out()

@@ -6,7 +6,6 @@ for a batch to fill, so a lone client pays nothing for it.
 """
 
 import math
-import os
 import threading
 import time
 from collections import Counter, deque
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 
 from protos.errors import Rejected, Status
 from protos.spaces import Observation
+from serving.libc import offer_core, offer_interpreter
 from serving.policy import Policy, Proposal
 from serving.rhythm import Rhythm
 
@@ -193,12 +193,14 @@ class Dispatcher:
                 batch += same[: self._max_batch - 1]
                 for taken in batch[1:]:
                     self._line.remove(taken)
-        _give_way()
+        # Who has just come, or is to be refused, would else wait for a whole inference, first for the core and then for
+        # the interpreter: at twice the capacity it makes accepted calls' p99 9 ms instead of 25.
+        offer_core()
         start = time.perf_counter()
         try:
             proposals = iter(ticket.policy.act_many([o for t in batch for o in t.observations]))
             spent = time.perf_counter() - start
-            _give_way()
+            offer_interpreter()
             with self._lock:
                 self._rhythm.took(spent / sum(len(one.observations) for one in batch))
             for one in batch:
@@ -231,16 +233,6 @@ class Dispatcher:
                         self._start(candidate)
                     except Rejected as why:
                         self._refuse(candidate, why)
-
-
-def _give_way() -> None:
-    """Let others have the core, then the interpreter: who infers needs neither of them all the time, and who is to be
-    refused, or has just come, would wait for a whole inference. In an overload of twice the capacity it is most of the
-    difference between 25 ms and 9; alone, it costs microseconds.
-    """
-    if hasattr(os, "sched_yield"):
-        os.sched_yield()
-    time.sleep(0)
 
 
 def _patience_s(caller: Caller) -> float:

@@ -15,6 +15,8 @@ ON_BEAT, OFF_BEAT = 2, 4
 """So many calls in a row on the beat, and a client is regular; so many in a row off it, and it has another beat."""
 MUCH_MORE = 2.0
 """Times as often as another: only then one is in the other's way. Equals share by turns."""
+TOO_MUCH = 1.25
+"""Times what there is. Callers who wait for each answer ask for about all there is, however many they are."""
 MARGIN_S = 0.005
 """A place is kept free from so long before an inference would be in the way, and so long for a call that is late."""
 REMEMBERED = 256
@@ -104,8 +106,12 @@ class Rhythm:
         self.turn_s += (0.1 if self.turn_s else 1.0) * (seconds - self.turn_s)
 
     def asked_too_much(self, now: float) -> bool:
-        """All clients together ask for more inferences than there are."""
-        return sum(c.hz(now) for c in self._active(now).values()) * self.turn_s > self._concurrency
+        """All clients together ask for many more inferences than there are."""
+        return self._asked(self._active(now), now) > TOO_MUCH
+
+    def _asked(self, clients: dict[str, _Client], now: float) -> float:
+        """What they ask for, of what there is."""
+        return sum(c.hz(now) for c in clients.values()) * self.turn_s / self._concurrency
 
     def is_in_the_way(self, name: str, now: float) -> bool:
         """An inference for `name`, begun now, would be at the cost of clients that ask for less."""
@@ -114,7 +120,7 @@ class Rhythm:
             return False
         mine, active = self._clients[name], self._active(now)
         asked = mine.hz(now)
-        fits = not self.asked_too_much(now) or asked * self.turn_s <= self._concurrency / len(active)
+        fits = self._asked(active, now) <= 1 or asked * self.turn_s <= self._concurrency / len(active)
         if asked <= self._client_hz and fits:
             return False
         return mine.starts.at(now) >= self._client_hz or any(c.due(now, self.turn_s) for c in others)

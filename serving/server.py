@@ -25,13 +25,13 @@ from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from serving import logs
 from serving.admin import PolicyAdminServicer
-from serving.answering import Answering
+from serving.answering import Answering, Arrival
 from serving.config import Config, parse
 from serving.dispatcher import Dispatcher
 from serving.errors import PolicyRefused, StartupError
 from serving.frames import FrameWatch
+from serving.libc import share_heaps
 from serving.library import Library
-from serving.memory import share_heaps
 from serving.metrics import Metrics
 from serving.parsing import Parser
 from serving.porter import Porter
@@ -47,6 +47,8 @@ Health = health_pb2.HealthCheckResponse
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """A 128 x 128 frame takes 64 KiB; this leaves room for views of up to 1000 x 1000, or batches of 60."""
+LOOKAHEAD_BYTES = 256 * 1024
+"""A message of 64 KiB and a little, as most are, comes without asking for more room in the middle of it."""
 MAX_METADATA_BYTES = 16 * 1024
 THREADS = 32
 """More than inferences and waiting calls together, so that a refusal or a health check always finds one."""
@@ -86,9 +88,7 @@ class Server:
         self.sessions = Sessions(config.max_episodes, config.episode_idle_s)
         self.recorder: Recorder | None = None
         pool = _Workers(max(THREADS, 2 * (config.concurrency + config.queue)))
-        self.answering = Answering(
-            self.metrics, self.gate, OpenTelemetry() if config.trace else Tracer(), pool.queued_s
-        )
+        self.answering = Answering(self.metrics, self.gate, OpenTelemetry() if config.trace else Tracer(), pool.arrival)
         self._grpc = grpc.server(
             pool,
             interceptors=[
@@ -99,6 +99,7 @@ class Server:
             options=[
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
                 ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+                ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
                 ("grpc.so_reuseport", 0),  # or two servers could share a port and answer in turns
             ],
             maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
@@ -189,8 +190,7 @@ class Server:
 
 
 class _Workers(ThreadPoolExecutor):
-    """grpc's worker threads, and how long ago the call came that a thread is answering: it waited for the thread, then
-    for its message."""
+    """grpc's worker threads, and the arrival of the call that a thread is answering."""
 
     def __init__(self, workers: int) -> None:
         super().__init__(workers, thread_name_prefix="call")
@@ -200,14 +200,13 @@ class _Workers(ThreadPoolExecutor):
         submitted = time.perf_counter()
 
         def timed() -> Any:
-            self._call.came = submitted
+            self._call.arrival = Arrival(submitted, time.perf_counter() - submitted)
             return fn(*args, **kwargs)
 
         return super().submit(timed)
 
-    def queued_s(self) -> float:
-        came = getattr(self._call, "came", None)
-        return 0.0 if came is None else time.perf_counter() - came
+    def arrival(self) -> Arrival | None:
+        return getattr(self._call, "arrival", None)
 
 
 def _bind(server: grpc.Server, config: Config) -> str:

@@ -235,7 +235,7 @@ def test_in_an_overload_only_the_next_may_wait(pool, model, clock):
     call_at(80)
     let_wait(4)
     dispatcher._rhythm.turn_s = 0.01  # those calls' inferences took the whole test's time
-    call_at(120)
+    call_at(160)
     let_wait(1)
 
 

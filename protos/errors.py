@@ -2,6 +2,9 @@
 
 from enum import Enum
 
+RETRY = "x-retry"
+"""gRPC metadata of a call that may have been answered already, with any value: then its answer is looked for first."""
+
 
 class Status(Enum):
     """The gRPC status codes that a refusal can carry, by name: protos needs no grpc to speak of them."""

@@ -110,7 +110,10 @@ class Answering:
 
     def refuse(self, method: str, rejected: Rejected, context: grpc.ServicerContext, call: Call | None = None) -> None:
         """Count, log and answer a refusal."""
-        call = call or Call(context, context.peer(), self._request_id(context.invocation_metadata()), self._arrival())
+        if call is None:  # refused before it reached its method
+            call = Call(context, context.peer(), self._request_id(context.invocation_metadata()), self._arrival())
+            with self._tracer.span(method, call.request_id) as span:
+                span.end(call.phases, rejected.status.value)
         self.metrics.record(method, rejected.status.value, call.elapsed_s, call.phases)
         if self._throttle.allows():
             left_out = self._throttle.left_out()

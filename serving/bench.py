@@ -5,6 +5,7 @@ sending a request to having its answer.
 """
 
 import asyncio
+import contextlib
 import json
 import math
 import sys
@@ -134,6 +135,11 @@ class Client:
             else:
                 self._ask(self._requests[beats % PICTURES])
             beats += 1
+        self._skip_from(beats)
+
+    def _skip_from(self, beats: int) -> None:
+        """Beats that were due, and for which there was no time left after the last answer."""
+        self.tally.skipped += max(0, math.ceil(self._bench.seconds * self._bench.rate) - beats)
 
     def _ask(self, request: pb.GetActionRequest) -> None:
         sent = time.perf_counter()
@@ -143,27 +149,27 @@ class Client:
         except grpc.RpcError as error:
             self.tally.note(error.code().name, sent)
 
-    async def run_open(self, start: float) -> None:
+    async def run_open(self, channel: Any, start: float) -> None:
         """The same with many calls under way, on one thread: their callbacks' threads would be in each other's way."""
-        bench, beats = self._bench, 0
+        bench, beats, stub = self._bench, 0, pb_grpc.PolicyServiceStub(channel)
         free = asyncio.Semaphore(bench.outstanding)
         under_way: set[asyncio.Task[None]] = set()
-        async with connect(bench, grpc.aio) as channel:
-            stub = pb_grpc.PolicyServiceStub(channel)
-            while (now := time.perf_counter()) < start + bench.seconds:
-                due = start + beats / bench.rate if bench.rate else now
-                if now < due:
-                    await asyncio.sleep(due - now)
-                    continue
-                if bench.rate and free.locked():
-                    self.tally.skipped += 1
-                else:
-                    await free.acquire()
-                    task = asyncio.create_task(self._ask_beside(stub, self._requests[beats % PICTURES], free))
-                    under_way.add(task)
-                    task.add_done_callback(under_way.discard)
-                beats += 1
-            await asyncio.gather(*under_way)
+        while (now := time.perf_counter()) < start + bench.seconds:
+            due = start + beats / bench.rate if bench.rate else now
+            # Also where it is due: answers that have come are taken before a beat is skipped for want of them.
+            await asyncio.sleep(max(0.0, due - now))
+            if now < due:
+                continue
+            if bench.rate and free.locked():
+                self.tally.skipped += 1
+            else:
+                await free.acquire()
+                task = asyncio.create_task(self._ask_beside(stub, self._requests[beats % PICTURES], free))
+                under_way.add(task)
+                task.add_done_callback(under_way.discard)
+            beats += 1
+        self._skip_from(beats)
+        await asyncio.gather(*under_way)
 
     async def _ask_beside(self, stub: Any, request: pb.GetActionRequest, free: asyncio.Semaphore) -> None:
         sent = time.perf_counter()
@@ -182,25 +188,35 @@ class Client:
 def load(bench: Bench) -> tuple[list[Tally], float]:
     """Run all clients; what each saw, and how many seconds it took."""
     clients = [Client(bench, seed) for seed in range(bench.clients)]
-    start = time.perf_counter() + 0.1
-    # Spread over one period: robots do not beat together.
-    starts = [start + (i / bench.clients / bench.rate if bench.rate else 0.0) for i in range(bench.clients)]
-    if bench.outstanding == 1:
-        threads = [threading.Thread(target=c.run, args=(at,)) for c, at in zip(clients, starts, strict=True)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    else:
-        asyncio.run(_all_open(clients, starts))
-    took = time.perf_counter() - start
+    took = _closed_loop(bench, clients) if bench.outstanding == 1 else asyncio.run(_open_loop(bench, clients))
     for client in clients:
         client.close()
     return [client.tally for client in clients], took
 
 
-async def _all_open(clients: list[Client], starts: list[float]) -> None:
-    await asyncio.gather(*(client.run_open(at) for client, at in zip(clients, starts, strict=True)))
+def _starts(bench: Bench) -> list[float]:
+    """When each client begins, spread over one period: robots do not beat together."""
+    soon = time.perf_counter() + 0.1
+    return [soon + (i / bench.clients / bench.rate if bench.rate else 0.0) for i in range(bench.clients)]
+
+
+def _closed_loop(bench: Bench, clients: list[Client]) -> float:
+    starts = _starts(bench)
+    threads = [threading.Thread(target=c.run, args=(at,)) for c, at in zip(clients, starts, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - starts[0]
+
+
+async def _open_loop(bench: Bench, clients: list[Client]) -> float:
+    async with contextlib.AsyncExitStack() as stack:
+        channels = [await stack.enter_async_context(connect(bench, grpc.aio)) for _ in clients]
+        await asyncio.wait_for(asyncio.gather(*(channel.channel_ready() for channel in channels)), CONNECT_S)
+        starts = _starts(bench)
+        await asyncio.gather(*(c.run_open(*at) for c, *at in zip(clients, channels, starts, strict=True)))
+        return time.perf_counter() - starts[0]
 
 
 def summary(tallies: list[Tally], took: float) -> dict[str, Any]:

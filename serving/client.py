@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from protos.codec import pack_observation, unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
+from protos.errors import RETRY
 from protos.spaces import Observation, PolicySpec, Pose
 
 RETRY_AFTER_S = (0.02, 0.05, 0.1)
@@ -261,12 +262,13 @@ class PolicyClient:
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
         """One call, tried again on UNAVAILABLE only: any other status would be the same again, or may have acted."""
         deadline = time.monotonic() + self._timeout_s
-        waits = iter(RETRY_AFTER_S)
+        waits, metadata = iter(RETRY_AFTER_S), self._metadata
         while True:
             try:
-                return method(request, timeout=max(deadline - time.monotonic(), 0.0), metadata=self._metadata)
+                return method(request, timeout=max(deadline - time.monotonic(), 0.0), metadata=metadata)
             except grpc.RpcError as error:
                 wait = next(waits, math.inf) * random.uniform(0.5, 1.0)  # not all robots at once
                 if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() + wait >= deadline:
                     raise PolicyError(error.code(), error.details() or "") from None
             time.sleep(wait)
+            metadata = (*self._metadata, (RETRY, "1"))

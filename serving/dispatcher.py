@@ -118,15 +118,19 @@ class Dispatcher:
         assert ticket.outcome is not None
         return ticket.outcome
 
-    def admit(self, name: str) -> None:
+    def admit(self, name: str, *, repeats: bool = False) -> None:
         """A call of `name` has come: refuse it before any work is done, if `act` would now.
+
+        Args:
+            repeats: it may have been answered already, and then the model need not be asked: `act` will see.
 
         Raises:
             Rejected: RESOURCE_EXHAUSTED.
         """
         with self._lock:
             self._rhythm.asks(name, time.monotonic())
-            self._require_room(name)
+            if not repeats:
+                self._require_room(name)
 
     def _require_room(self, name: str) -> bool:
         """True where a call may start, False where it may wait."""

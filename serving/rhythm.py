@@ -5,6 +5,7 @@ model's time, is held to a rate while others act, and may not start what another
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 WINDOW_S = 1.0
@@ -106,12 +107,17 @@ class Rhythm:
         self.turn_s += (0.1 if self.turn_s else 1.0) * (seconds - self.turn_s)
 
     def asked_too_much(self, now: float) -> bool:
-        """All clients together ask for many more inferences than there are."""
-        return self._asked(self._active(now), now) > TOO_MUCH
+        """All clients together ask for many more inferences than there are. Of one that asks much more often than
+        another, only what it may have counts: the rest is refused to it, and is not the others' overload.
+        """
+        clients = [(client.hz(now), client.known(now)) for client in self._active(now).values()]
+        rarest = min((hz for hz, known in clients if known), default=math.inf)
+        most = self._client_hz
+        return self._asked(min(hz, most) if rarest < min(hz / MUCH_MORE, most) else hz for hz, _ in clients) > TOO_MUCH
 
-    def _asked(self, clients: dict[str, _Client], now: float) -> float:
-        """What they ask for, of what there is."""
-        return sum(c.hz(now) for c in clients.values()) * self.turn_s / self._concurrency
+    def _asked(self, hz: Iterable[float]) -> float:
+        """What is asked for, of what there is."""
+        return sum(hz) * self.turn_s / self._concurrency
 
     def is_in_the_way(self, name: str, now: float) -> bool:
         """An inference for `name`, begun now, would be at the cost of clients that ask for less."""
@@ -120,7 +126,7 @@ class Rhythm:
             return False
         mine, active = self._clients[name], self._active(now)
         asked = mine.hz(now)
-        fits = self._asked(active, now) <= 1 or asked * self.turn_s <= self._concurrency / len(active)
+        fits = self._asked(c.hz(now) for c in active.values()) <= 1 or self._asked([asked]) <= 1 / len(active)
         if asked <= self._client_hz and fits:
             return False
         return mine.starts.at(now) >= self._client_hz or any(c.due(now, self.turn_s) for c in others)

@@ -60,9 +60,9 @@ class Stages:
 
 
 @contextlib.contextmanager
-def server(policy: Path) -> Iterator[str]:
+def server(policy: Path, *flags: str) -> Iterator[str]:
     """A policy server in a process of its own; yields its address, ends it with SIGTERM."""
-    command = ["serving.server", "--policy", str(policy), "--listen", "localhost:0"]
+    command = ["serving.server", "--policy", str(policy), "--listen", "localhost:0", *flags]
     print(f"\n== serve: python -m {shlex.join(command)}", flush=True)
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True)
     try:

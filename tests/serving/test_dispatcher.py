@@ -1,5 +1,6 @@
 """The line before the model: bounded, fair, in order, and nobody computes for those who left."""
 
+import contextlib
 import math
 import threading
 import time
@@ -115,7 +116,7 @@ def test_one_client_can_take_neither_all_places_nor_all_of_the_line(pool, model)
 def clock(monkeypatch):
     """The dispatcher's time, which goes on when a test says so."""
     clock = SimpleNamespace(now=time.monotonic())
-    held = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=lambda: clock.now, sleep=time.sleep)
+    held = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=lambda: clock.now)
     monkeypatch.setattr("serving.dispatcher.time", held)
     return clock
 
@@ -215,6 +216,7 @@ def test_in_an_overload_only_the_next_may_wait(pool, model, clock):
     """More is asked than there is: a longer line would serve nobody more, and everybody later."""
     dispatcher = Dispatcher(concurrency=1, queue=4)
     first = ask(pool, dispatcher, model, "first")
+    until(lambda: model.runs)
     clock.now += 0.01  # what an inference takes
     model.go.release()
     assert first.result(5)
@@ -237,6 +239,24 @@ def test_in_an_overload_only_the_next_may_wait(pool, model, clock):
     dispatcher._rhythm.turn_s = 0.01  # those calls' inferences took the whole test's time
     call_at(160)
     let_wait(1)
+
+
+def test_a_flood_does_not_make_the_line_shorter_for_others(clock):
+    """What is refused to it is not their overload."""
+    dispatcher = Dispatcher(concurrency=1, queue=4, max_wait_s=0.02, client_hz=60)
+    dispatcher._rhythm.took(0.005)
+    for i in range(1000):
+        clock.now += 1 / 400
+        with contextlib.suppress(Rejected):
+            dispatcher.admit("flood")
+        if i % 20 == 0:
+            for robot in range(4):
+                dispatcher.admit(f"robot {robot}")
+    assert dispatcher._room == 4
+    for i in range(400):  # but so many equals are an overload
+        clock.now += 1 / 400
+        dispatcher.admit(f"equal {i % 8}")
+    assert dispatcher._room == 1
 
 
 def test_many_threads_leave_nothing_behind(pool):

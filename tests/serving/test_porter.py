@@ -1,12 +1,14 @@
 """Who there is no room for is refused before anything else is done for him."""
 
 import threading
+import time
 from collections import Counter
 
 import grpc
 import pytest
 
 from protos.equiserve.v1 import policy_pb2 as pb
+from protos.errors import RETRY, Rejected, Status
 from tests.serving.load import connect
 from tests.serving.requests import acting, refusal
 
@@ -18,6 +20,19 @@ def by_stream(channel, method):
     return channel.stream_unary(
         f"/equiserve.v1.PolicyService/{method}", request_serializer=lambda m: m.SerializeToString()
     )
+
+
+def ask(channel):
+    return channel.unary_unary("/equiserve.v1.PolicyService/GetAction").future(
+        acting(1).SerializeToString(), timeout=20
+    )  # fmt: skip
+
+
+def until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -32,14 +47,10 @@ def full(serve, healthy, monkeypatch):
 
     monkeypatch.setattr(running.sessions["tiny"], "run", held)
     with connect(running.server.address) as one, connect(running.server.address) as other:
-        calls = []
-        for channel in (one, other):
-            calls.append(channel.unary_unary("/equiserve.v1.PolicyService/GetAction").future(
-                acting(1).SerializeToString(), timeout=20
-            ))  # fmt: skip
-            entered.wait(10)
-        while not running.server.dispatcher.waiting:
-            pass
+        calls = [ask(one)]
+        assert entered.wait(10)
+        calls.append(ask(other))
+        until(lambda: running.server.dispatcher.waiting)
         yield running
         go.set()
         assert all(call.exception(20) is None for call in calls)
@@ -81,3 +92,34 @@ def test_of_two_messages_the_first_counts(serve, healthy):
     answer = by_stream(running.channel, "GetAction")(iter([acting(1), acting(2)]), timeout=5)
     alone = running.stub.GetAction(acting(1))
     assert pb.GetActionResponse.FromString(answer).raw_action == alone.raw_action
+
+
+def test_a_second_try_gets_its_answer_though_there_is_no_room(serve, healthy, monkeypatch):
+    running = serve(policy=(str(healthy),), concurrency=1, queue=1)
+    episode = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
+    step = acting(1, episode_id=episode, step=1)
+    first, runs = running.stub.GetAction(step), running.runs
+
+    def no_room(_name):
+        raise Rejected("server", "room", "none", "later", Status.RESOURCE_EXHAUSTED)
+
+    with monkeypatch.context() as full:
+        full.setattr(running.server.dispatcher, "_require_room", no_room)
+        assert refusal(running.stub.GetAction, step)[0] == "RESOURCE_EXHAUSTED"
+        assert running.stub.GetAction(step, metadata=((RETRY, "1"),)) == first
+        new = acting(2, episode_id=episode, step=2)
+        assert refusal(running.stub.GetAction, new, metadata=((RETRY, "1"),))[0] == "RESOURCE_EXHAUSTED"
+        assert running.runs == runs
+    assert running.stub.GetAction(new).version == first.version
+
+
+def test_a_call_that_ends_before_its_message_is_nobodys_mistake(serve, healthy):
+    """The caller saw CANCELLED or DEADLINE_EXCEEDED: the counts must not say INVALID_ARGUMENT."""
+    running, never = serve(policy=(str(healthy),)), threading.Event()
+    for _ in range(30):
+        with pytest.raises(grpc.RpcError):
+            by_stream(running.channel, "GetAction")((acting(1) for _ in range(1) if never.wait(10)), timeout=0.02)
+    never.set()
+    running.stub.GetAction(acting(1))
+    counts = Counter({(c.method, c.code): c.count for c in running.stub.GetStats(pb.GetStatsRequest()).calls})
+    assert counts == {("GetAction", "OK"): 1}

@@ -144,6 +144,7 @@ class Dispatcher:
         share = room - 1 if self._rhythm.rarer(name, time.monotonic()) else max(1, room - 1)
         if len(self._line) >= room or own >= share:
             full = len(self._line) >= room
+            self._rhythm.refuses(time.monotonic())
             expected = f"at most {room if full else share} waiting calls{'' if full else ' of one client'}"
             got = f"{(len(self._line) if full else own) + 1}"
             remedy = "send less often, or raise --queue or --max-wait-ms"

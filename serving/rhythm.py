@@ -16,8 +16,9 @@ ON_BEAT, OFF_BEAT = 2, 4
 """So many calls in a row on the beat, and a client is regular; so many in a row off it, and it has another beat."""
 MUCH_MORE = 2.0
 """Times as often as another: only then one is in the other's way. Equals share by turns."""
-TOO_MUCH = 1.25
-"""Times what there is. Callers who wait for each answer ask for about all there is, however many they are."""
+SOON_S, TOO_MUCH, OFTEN = 0.2, 1.25, 0.2
+"""An overload: so many times what there is is asked for, and of the last moment's calls so many were refused. Callers
+who wait for each answer ask for about all there is, and for more where the model has just become slower."""
 MARGIN_S = 0.005
 """A place is kept free from so long before an inference would be in the way, and so long for a call that is late."""
 REMEMBERED = 256
@@ -28,15 +29,16 @@ REMEMBERED = 256
 class _Rate:
     """Events in the window, older ones weighing less."""
 
+    window_s: float = WINDOW_S
     events: float = 0.0
     last: float = -math.inf
 
     def note(self, now: float) -> None:
-        self.events, self.last = self.at(now) * WINDOW_S + 1.0, now
+        self.events, self.last = self.at(now) * self.window_s + 1.0, now
 
     def at(self, now: float) -> float:
         """Hz."""
-        return self.events * math.exp((self.last - now) / WINDOW_S) / WINDOW_S
+        return self.events * math.exp((self.last - now) / self.window_s) / self.window_s
 
 
 @dataclass(slots=True)
@@ -88,6 +90,7 @@ class Rhythm:
     def __init__(self, concurrency: int, client_hz: float) -> None:
         self._concurrency, self._client_hz = concurrency, client_hz
         self._clients: dict[str, _Client] = {}
+        self._asks, self._refusals = _Rate(SOON_S), _Rate(SOON_S)
         self.turn_s = 0.0
         """What an inference usually takes."""
 
@@ -98,6 +101,11 @@ class Rhythm:
                 del self._clients[min(self._clients, key=lambda n: self._clients[n].asks.last)]
             client = self._clients[name] = _Client(now)
         client.ask(now)
+        self._asks.note(now)
+
+    def refuses(self, now: float) -> None:
+        """A call, for want of room."""
+        self._refusals.note(now)
 
     def starts(self, name: str, now: float) -> None:
         if name in self._clients:
@@ -110,6 +118,8 @@ class Rhythm:
         """All clients together ask for many more inferences than there are. Of one that asks much more often than
         another, only what it may have counts: the rest is refused to it, and is not the others' overload.
         """
+        if self._refusals.at(now) <= OFTEN * self._asks.at(now):
+            return False
         clients = [(client.hz(now), client.known(now)) for client in self._active(now).values()]
         rarest = min((hz for hz, known in clients if known), default=math.inf)
         most = self._client_hz

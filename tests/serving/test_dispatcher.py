@@ -212,51 +212,56 @@ def test_a_failure_of_a_shared_run_is_everyones(pool, model):
     assert (dispatcher.running, dispatcher.waiting) == (0, 0)
 
 
-def test_in_an_overload_only_the_next_may_wait(pool, model, clock):
+@pytest.fixture
+def full(pool, model, clock):
+    """A dispatcher with one call before the model and four in the line; an inference takes 10 ms."""
+    dispatcher = Dispatcher(concurrency=1, queue=4, client_hz=60)
+    dispatcher._rhythm.took(0.01)
+    calls = [ask(pool, dispatcher, model, name) for name in "abcde"]
+    yield dispatcher
+    model.go.release(len(calls))
+    assert all(call.result(5) for call in calls)
+
+
+def refused(dispatcher, clock, hz, clients=4, calls=400):
+    for i in range(calls):
+        clock.now += 1 / hz
+        with pytest.raises(Rejected):
+            dispatcher.admit(f"client {i % clients}")
+
+
+def test_in_an_overload_only_the_next_may_wait(full, clock):
     """More is asked than there is: a longer line would serve nobody more, and everybody later."""
+    refused(full, clock, hz=80)
+    with pytest.raises(Rejected, match="at most 4 waiting"):
+        full.act(None, ["late"], caller("late"))
+    refused(full, clock, hz=160)
+    with pytest.raises(Rejected, match="at most 1 waiting"):
+        full.act(None, ["late"], caller("late"))
+    clock.now += 2.0
+    with pytest.raises(Rejected, match="at most 4 waiting"):
+        full.act(None, ["late"], caller("late"))
+
+
+def test_callers_who_get_their_answers_are_no_overload(clock):
+    """As many as there may be, each after his answer, and a model that has just become slower."""
     dispatcher = Dispatcher(concurrency=1, queue=4)
-    first = ask(pool, dispatcher, model, "first")
-    until(lambda: model.runs)
-    clock.now += 0.01  # what an inference takes
-    model.go.release()
-    assert first.result(5)
-
-    def call_at(hz):
-        for i in range(400):
-            clock.now += 1 / hz
-            dispatcher.admit(f"client {i % 4}")
-
-    def let_wait(many):
-        calls = [ask(pool, dispatcher, model, name) for name in "abcde"[: many + 1]]
-        with pytest.raises(Rejected, match=f"at most {many} waiting"):
-            dispatcher.act(model, ["late"], caller("late"))
-        clock.now += 0.01 * len(calls)
-        model.go.release(len(calls))
-        assert all(call.result(5) for call in calls)
-
-    call_at(80)
-    let_wait(4)
-    dispatcher._rhythm.turn_s = 0.01  # those calls' inferences took the whole test's time
-    call_at(160)
-    let_wait(1)
-
-
-def test_a_flood_does_not_make_the_line_shorter_for_others(clock):
-    """What is refused to it is not their overload."""
-    dispatcher = Dispatcher(concurrency=1, queue=4, max_wait_s=0.02, client_hz=60)
-    dispatcher._rhythm.took(0.005)
-    for i in range(1000):
-        clock.now += 1 / 400
-        with contextlib.suppress(Rejected):
-            dispatcher.admit("flood")
-        if i % 20 == 0:
-            for robot in range(4):
-                dispatcher.admit(f"robot {robot}")
+    for i in range(400):
+        clock.now += 0.001
+        dispatcher.admit(f"client {i % 5}")
+    dispatcher._rhythm.took(0.1)
     assert dispatcher._room == 4
-    for i in range(400):  # but so many equals are an overload
-        clock.now += 1 / 400
-        dispatcher.admit(f"equal {i % 8}")
-    assert dispatcher._room == 1
+
+
+def test_a_flood_does_not_make_the_line_shorter_for_others(full, clock):
+    """What is refused to it is not their overload."""
+    for _ in range(100):
+        refused(full, clock, hz=400, clients=1, calls=20)
+        with contextlib.suppress(Rejected):
+            full.admit("robot")
+    assert full._room == 4
+    refused(full, clock, hz=400)
+    assert full._room == 1
 
 
 def test_many_threads_leave_nothing_behind(pool):

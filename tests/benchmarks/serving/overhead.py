@@ -19,8 +19,8 @@ PAIRS = 2000
 WARM_UP = 50
 """Calls that do not count."""
 BLOCK, PAUSE_S = 20, 0.01
-"""Calls in a row to one server, where two are compared, and how long before each: as robots call, not back to back, where
-nothing could be done beside their calls."""
+"""Calls in a row to one server, where two are compared, and how long before each: as robots call. Back to back, nothing
+could be done beside the calls."""
 IDLE_S = 20.0
 SAFE = ("--workspace", "-2", "2", "-2", "2", "-2", "2", "--limits", "step_m", "0.08")
 

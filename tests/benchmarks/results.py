@@ -39,15 +39,17 @@ class Row:
     train: str
     """What training.run is told."""
     minutes: float
+    least: float | None = None
+    """The success that is asked for."""
 
 
 EXPERT, NOISY = "--behavior expert", "--behavior noisy --target-success 0.4"
 ROWS = (
-    Row("drawer-200", "drawer_opening", f"{EXPERT} --transitions 200", "--algo bc", 5),
-    Row("drawer-1000-iql", "drawer_opening", f"{EXPERT} --transitions 1000", "--algo iql", 10),
-    Row("drawer-1000-cql", "drawer_opening", f"{EXPERT} --transitions 1000", "--algo cql", 10),
-    Row("bowl-1000", "block_in_bowl", f"{EXPERT} --transitions 1000", "--algo bc", 15),
-    Row("stacking-2000", "block_stacking", f"{EXPERT} --transitions 2000", "--algo bc", 20),
+    Row("drawer-200", "drawer_opening", f"{EXPERT} --transitions 200", "--algo bc", 5, 0.92),
+    Row("drawer-1000-iql", "drawer_opening", f"{EXPERT} --transitions 1000", "--algo iql", 10, 0.97),
+    Row("drawer-1000-cql", "drawer_opening", f"{EXPERT} --transitions 1000", "--algo cql", 10, 0.97),
+    Row("bowl-1000", "block_in_bowl", f"{EXPERT} --transitions 1000", "--algo bc", 15, 0.90),
+    Row("stacking-2000", "block_stacking", f"{EXPERT} --transitions 2000", "--algo bc", 20, 0.80),
     Row("noisy-bc", "drawer_opening", f"{NOISY} --transitions 1000", "--algo bc", 8),
     Row("noisy-iql", "drawer_opening", f"{NOISY} --transitions 1000", "--algo iql", 8),
     Row("noisy-cql", "drawer_opening", f"{NOISY} --transitions 1000", "--algo cql", 8),
@@ -56,6 +58,17 @@ ROWS = (
     Row("equivariant-cql", "drawer_opening", f"{EXPERT} --transitions 150", "--algo cql", 10),
     Row("plain-cql", "drawer_opening", f"{EXPERT} --transitions 150", "--algo cql --equivariance none", 10),
 )
+BEHAVIOR = 0.4
+"""What succeeds of the noisy behaviour's episodes."""
+MARGINS = (
+    ("equivariant-iql", "plain-iql", 0.25),
+    ("equivariant-cql", "plain-cql", 0.25),
+    ("noisy-iql", "noisy-bc", 0.10),
+    ("noisy-cql", "noisy-bc", 0.10),
+    ("noisy-iql", "the behaviour", 0.25),
+    ("noisy-cql", "the behaviour", 0.25),
+)
+"""By how much one row is asked to be above another."""
 
 
 @dataclass(frozen=True)
@@ -125,21 +138,37 @@ def _report(row: Row, seed: int, study: Study) -> Path:
 def table(study: Study) -> str:
     """The rows that have been made, in Markdown."""
     lines = [
-        "| row | task | data | training | minutes | success by seed | mean | 95 % interval |",
-        "|---|---|---|---|---|---|---|---|",
+        "| row | task | data | training | minutes | success by seed | mean | 95 % interval | asked for |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:
-        reports = [json.loads(p.read_text()) for s in study.seeds if (p := _report(row, s, study)).exists()]
-        if reports:
+        if reports := _reports(row, study):
             wins, episodes = (sum(r[name] for r in reports) for name in ("successes", "episodes"))
             interval = binomtest(wins, episodes).proportion_ci(0.95, method="wilson")
             rates = [r["success_rate"] for r in reports]
             lines.append(
                 f"| {row.name} | {row.task} | `{row.data}` | `{row.train}` | {row.minutes:g} | "
                 f"{', '.join(f'{rate:.0%}' for rate in rates)} | **{np.mean(rates):.0%}** | "
-                f"{interval.low:.0%} to {interval.high:.0%} |"
+                f"{interval.low:.0%} to {interval.high:.0%} | {f'{row.least:.0%}' if row.least else ''} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def margins(study: Study) -> str:
+    """What rows of the same data and minutes say of each other."""
+    means = {
+        row.name: np.mean([r["success_rate"] for r in reports]) for row in ROWS if (reports := _reports(row, study))
+    }
+    means["the behaviour"] = BEHAVIOR
+    return "".join(
+        f"- {upper} over {lower}: {100 * (means[upper] - means[lower]):+.0f} points, asked for {100 * least:.0f}\n"
+        for upper, lower, least in MARGINS
+        if upper in means and lower in means
+    )
+
+
+def _reports(row: Row, study: Study) -> list[dict]:
+    return [json.loads(path.read_text()) for seed in study.seeds if (path := _report(row, seed, study)).exists()]
 
 
 def page(study: Study) -> str:
@@ -152,6 +181,8 @@ def page(study: Study) -> str:
         "of its row; its report is in [results/](results). The intervals are Wilson's, over all episodes of a row. "
         "In the noisy rows, the behaviour itself succeeds in 40 % of its episodes.\n\n"
         + table(study)
+        + "\n"
+        + margins(study)
         + (f"\nNot measured yet, or not with all seeds: {', '.join(missing)}.\n" if missing else "")
     )
 

@@ -16,7 +16,7 @@ ON_BEAT, OFF_BEAT = 2, 4
 """So many calls in a row on the beat, and a client is regular; so many in a row off it, and it has another beat."""
 MUCH_MORE = 2.0
 """Times as often as another: only then one is in the other's way. Equals share by turns."""
-SOON_S, TOO_MUCH, OFTEN = 0.2, 1.25, 0.2
+SOON_S, TOO_MUCH, OFTEN = 0.2, 1.25, 0.05
 """An overload: so many times what there is is asked for, and of the last moment's calls so many were refused. Callers
 who wait for each answer ask for about all there is, and for more where the model has just become slower."""
 MARGIN_S = 0.005

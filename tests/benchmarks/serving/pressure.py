@@ -178,7 +178,8 @@ def isolation(policy: Path, scratch: Path) -> list[Row]:
 def batching(policy: Path, scratch: Path) -> list[Row]:
     """Requirement 8: what micro-batching costs a lone client, and what it brings many."""
     lone, many = {"off": [], "on": []}, {}
-    with served(policy, "--queue", "16") as off, served(policy, "--queue", "16", "--max-batch", "8") as on:
+    waits = ("--queue", "16", "--max-wait-ms", "1000")  # nobody is refused
+    with served(policy, *waits) as off, served(policy, *waits, "--max-batch", "8") as on:
         servers = {"off": off.address, "on": on.address}
         requests = requests_for(off.address)
         with connect(off.address) as to_off, connect(on.address) as to_on:

@@ -142,7 +142,8 @@ def table(study: Study) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:
-        if reports := _reports(row, study):
+        reports = [json.loads(p.read_text()) for s in study.seeds if (p := _report(row, s, study)).exists()]
+        if reports:
             wins, episodes = (sum(r[name] for r in reports) for name in ("successes", "episodes"))
             interval = binomtest(wins, episodes).proportion_ci(0.95, method="wilson")
             rates = [r["success_rate"] for r in reports]
@@ -155,20 +156,20 @@ def table(study: Study) -> str:
 
 
 def margins(study: Study) -> str:
-    """What rows of the same data and minutes say of each other."""
-    means = {
-        row.name: np.mean([r["success_rate"] for r in reports]) for row in ROWS if (reports := _reports(row, study))
-    }
-    means["the behaviour"] = BEHAVIOR
-    return "".join(
-        f"- {upper} over {lower}: {100 * (means[upper] - means[lower]):+.0f} points, asked for {100 * least:.0f}\n"
-        for upper, lower, least in MARGINS
-        if upper in means and lower in means
-    )
+    """What rows of the same data and minutes say of each other, by the seeds that both have."""
+    made = {row.name: _rates(row, study) for row in ROWS}
+    made["the behaviour"] = dict.fromkeys(study.seeds, BEHAVIOR)
+    lines = []
+    for upper, lower, least in MARGINS:
+        if both := made[upper].keys() & made[lower].keys():
+            points = 100 * np.mean([made[upper][seed] - made[lower][seed] for seed in both])
+            lines.append(f"- {upper} over {lower}: {points:+.0f} points, asked for {100 * least:.0f}\n")
+    return "".join(lines)
 
 
-def _reports(row: Row, study: Study) -> list[dict]:
-    return [json.loads(path.read_text()) for seed in study.seeds if (path := _report(row, seed, study)).exists()]
+def _rates(row: Row, study: Study) -> dict[int, float]:
+    paths = {seed: _report(row, seed, study) for seed in study.seeds}
+    return {seed: json.loads(path.read_text())["success_rate"] for seed, path in paths.items() if path.exists()}
 
 
 def page(study: Study) -> str:

@@ -39,10 +39,10 @@ def busy(
     """From now on, the server refuses the calls whose number `when` names."""
     admit, numbers = server.dispatcher.admit, itertools.count()
 
-    def admit_or_refuse(name: str) -> None:
+    def admit_or_refuse(name: str, **how: bool) -> None:
         if when(next(numbers)):
             raise Rejected("server", "at most 1 waiting calls", "2", "send less often", status)
-        admit(name)
+        admit(name, **how)
 
     monkeypatch.setattr(server.dispatcher, "admit", admit_or_refuse)
 

@@ -99,14 +99,17 @@ class Answering:
             except Rejected as rejected:
                 refusal = rejected
             except Exception:
-                log.exception("%s: request %s failed", method, call.request_id)
-                told = f"the server's log has it under request {call.request_id}"
-                refusal = Rejected("server", "no failure", "an internal error", told, Status.INTERNAL)
+                refusal = _unforeseen(method, call)
             span.end(call.phases, refusal.status.value if refusal else "OK")
         if refusal:
             self.refuse(method, refusal, context, call)
         else:
             self.metrics.record(method, "OK", call.elapsed_s, call.phases)
+
+    def fail(self, method: str, context: grpc.ServicerContext) -> None:
+        """Where an exception is handled that nobody foresaw, before the call reached its method."""
+        call = Call(context, context.peer(), self._request_id(context.invocation_metadata()), self._arrival())
+        self.refuse(method, _unforeseen(method, call), context, call)
 
     def refuse(self, method: str, rejected: Rejected, context: grpc.ServicerContext, call: Call | None = None) -> None:
         """Count, log and answer a refusal."""
@@ -132,6 +135,13 @@ class Answering:
             if key == REQUEST_ID and isinstance(value, str) and SAFE_ID.fullmatch(value):
                 return value
         return f"{self._prefix}-{next(self._count)}"
+
+
+def _unforeseen(method: str, call: Call) -> Rejected:
+    """Log the exception that is being handled; the caller is told no more than where to find it."""
+    log.exception("%s: request %s failed", method, call.request_id)
+    told = f"the server's log has it under request {call.request_id}"
+    return Rejected("server", "no failure", "an internal error", told, Status.INTERNAL)
 
 
 @functools.lru_cache(64)

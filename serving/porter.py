@@ -36,6 +36,8 @@ class Porter(grpc.ServerInterceptor):
                     self._dispatcher.admit(client, repeats=repeats)
             except Rejected as rejected:
                 self._answering.refuse(method, rejected, context)
+            except Exception:
+                self._answering.fail(method, context)
             request = next(requests, None)
             if request is None:  # or who called is gone: gRPC does not say which, so it is not counted
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, "request: expected one message, got none")

@@ -123,3 +123,15 @@ def test_a_call_that_ends_before_its_message_is_nobodys_mistake(serve, healthy):
     running.stub.GetAction(acting(1))
     counts = Counter({(c.method, c.code): c.count for c in running.stub.GetStats(pb.GetStatsRequest()).calls})
     assert counts == {("GetAction", "OK"): 1}
+
+
+def test_what_fails_at_the_door_is_told_to_the_log_alone(serve, healthy, monkeypatch):
+    running = serve(policy=(str(healthy),))
+
+    def broken(_name, **_how):
+        raise RuntimeError("a secret of the server")
+
+    monkeypatch.setattr(running.server.dispatcher, "admit", broken)
+    code, told = refusal(running.stub.GetAction, acting(1))
+    assert code == "INTERNAL"
+    assert "secret" not in str(told)

@@ -88,7 +88,7 @@ class Answering:
         """Turn what goes wrong into one gRPC status, and count the call under it. No traceback leaves the server."""
         metadata = context.invocation_metadata()
         service = "PolicyAdmin" if method in ADMIN_METHODS else "PolicyService"
-        refusal, call = None, Call(context, context.peer(), self._request_id(metadata), self._arrival())
+        refusal, call = None, self._call(context)
         with self._tracer.span(method, call.request_id) as span:
             try:
                 call.client = self._gate.require(f"/equiserve.v1.{service}/{method}", metadata) or call.client
@@ -108,13 +108,13 @@ class Answering:
 
     def fail(self, method: str, context: grpc.ServicerContext) -> None:
         """Where an exception is handled that nobody foresaw, before the call reached its method."""
-        call = Call(context, context.peer(), self._request_id(context.invocation_metadata()), self._arrival())
+        call = self._call(context)
         self.refuse(method, _unforeseen(method, call), context, call)
 
     def refuse(self, method: str, rejected: Rejected, context: grpc.ServicerContext, call: Call | None = None) -> None:
         """Count, log and answer a refusal."""
         if call is None:  # refused before it reached its method
-            call = Call(context, context.peer(), self._request_id(context.invocation_metadata()), self._arrival())
+            call = self._call(context)
             with self._tracer.span(method, call.request_id) as span:
                 span.end(call.phases, rejected.status.value)
         self.metrics.record(method, rejected.status.value, call.elapsed_s, call.phases)
@@ -128,6 +128,9 @@ class Answering:
         status = _status(rejected.field, rejected.expected, rejected.got, rejected.remedy, rejected.status)
         trailing = (*status.trailing_metadata, (REQUEST_ID, call.request_id))
         context.abort_with_status(_Status(status.code, status.details, trailing))
+
+    def _call(self, context: grpc.ServicerContext) -> Call:
+        return Call(context, context.peer(), self._request_id(context.invocation_metadata()), self._arrival())
 
     def _request_id(self, metadata: object) -> str:
         """The caller's own, if it is one, or a new one."""

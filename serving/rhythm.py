@@ -122,8 +122,8 @@ class Rhythm:
             return False
         clients = [(client.hz(now), client.known(now)) for client in self._active(now).values()]
         rarest = min((hz for hz, known in clients if known), default=math.inf)
-        most = self._client_hz
-        return self._asked(min(hz, most) if rarest < min(hz / MUCH_MORE, most) else hz for hz, _ in clients) > TOO_MUCH
+        counted = (min(hz, self._client_hz) if rarest < self._rarer_than(hz) else hz for hz, _ in clients)
+        return self._asked(counted) > TOO_MUCH
 
     def _asked(self, hz: Iterable[float]) -> float:
         """What is asked for, of what there is."""
@@ -145,8 +145,12 @@ class Rhythm:
         """Active clients that ask much less often than `name`, and no more often than a controller."""
         active = self._active(now)
         mine = active.get(name)
-        most = min(mine.hz(now) / MUCH_MORE, self._client_hz) if mine else 0.0
+        most = self._rarer_than(mine.hz(now)) if mine else 0.0
         return [c for c in active.values() if c.known(now) and c.hz(now) < most]
+
+    def _rarer_than(self, hz: float) -> float:
+        """Whoever asks less often than this asks much less often than `hz`, and no more often than a controller."""
+        return min(hz / MUCH_MORE, self._client_hz)
 
     def _active(self, now: float) -> dict[str, _Client]:
         return {n: c for n, c in self._clients.items() if now - c.asks.last < WINDOW_S}

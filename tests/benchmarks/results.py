@@ -15,10 +15,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
 
 import numpy as np
 import tyro
@@ -43,7 +43,9 @@ class Row:
     """The success that is asked for."""
 
 
-EXPERT, NOISY = "--behavior expert", "--behavior noisy --target-success 0.4"
+BEHAVIOR = 0.4
+"""What succeeds of the noisy behaviour's episodes."""
+EXPERT, NOISY = "--behavior expert", f"--behavior noisy --target-success {BEHAVIOR}"
 ROWS = (
     Row("drawer-200", "drawer_opening", f"{EXPERT} --transitions 200", "--algo bc", 5, 0.92),
     Row("drawer-1000-iql", "drawer_opening", f"{EXPERT} --transitions 1000", "--algo iql", 10, 0.97),
@@ -58,8 +60,6 @@ ROWS = (
     Row("equivariant-cql", "drawer_opening", f"{EXPERT} --transitions 150", "--algo cql", 10),
     Row("plain-cql", "drawer_opening", f"{EXPERT} --transitions 150", "--algo cql --equivariance none", 10),
 )
-BEHAVIOR = 0.4
-"""What succeeds of the noisy behaviour's episodes."""
 MARGINS = (
     ("equivariant-iql", "plain-iql", 0.25),
     ("equivariant-cql", "plain-cql", 0.25),
@@ -119,16 +119,9 @@ def make(row: Row, seed: int, study: Study) -> None:
         )  # fmt: skip
 
 
-def free_cores() -> "Queue[int]":
-    cores: Queue[int] = Queue()
-    for core in sorted(os.sched_getaffinity(0)):
-        cores.put(core)
-    return cores
-
-
-def take_core(cores: "Queue[int]") -> None:
+def take_core(cores: Iterator[int]) -> None:
     """For this thread and the processes that it starts: cells would else take of each other's minutes."""
-    os.sched_setaffinity(0, [cores.get_nowait()])
+    os.sched_setaffinity(0, [next(cores)])
 
 
 def _report(row: Row, seed: int, study: Study) -> Path:
@@ -180,7 +173,7 @@ def page(study: Study) -> str:
         "    python -m tests.benchmarks.results\n\n"
         "Each cell is `sim_client.collect`, `training.run`, `serving.server` and `sim_client.evaluate` with the flags "
         "of its row; its report is in [results/](results). The intervals are Wilson's, over all episodes of a row. "
-        "In the noisy rows, the behaviour itself succeeds in 40 % of its episodes.\n\n"
+        f"In the noisy rows, the behaviour itself succeeds in {100 * BEHAVIOR:g} % of its episodes.\n\n"
         + table(study)
         + "\n"
         + margins(study)
@@ -197,7 +190,8 @@ def main() -> None:
     cells = [(row, seed) for row, seed in cells if not _report(row, seed, study).exists()]
     for row, seed in cells:
         collect(row, seed, study)
-    with ThreadPoolExecutor(study.jobs, initializer=take_core, initargs=(free_cores(),)) as pool:
+    cores = iter(sorted(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(study.jobs, initializer=take_core, initargs=(cores,)) as pool:
         for _ in pool.map(lambda cell: make(*cell, study), cells):
             write_atomically(study.output, page(study).encode())
     write_atomically(study.output, page(study).encode())

@@ -1,14 +1,13 @@
 """The load generator counts what the server counts, and offers what it was told to."""
 
 import json
-import re
 import subprocess
 import sys
 
 import pytest
 
 from tests.serving.conftest import REPOSITORY
-from tests.serving.test_metrics import scrape
+from tests.serving.test_metrics import counted
 
 
 def bench(tmp_path, *flags):
@@ -16,11 +15,6 @@ def bench(tmp_path, *flags):
     process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
     path = tmp_path / "found.json"
     return process, json.loads(path.read_text()) if path.exists() else {}
-
-
-def counted(running):
-    pattern = r'equiserve_call_seconds_count\{code="(\w+)",method="GetAction"\} ([\d.]+)'
-    return {code: int(float(n)) for code, n in re.findall(pattern, scrape(running.server.metrics_port))}
 
 
 @pytest.mark.parametrize(
@@ -37,7 +31,7 @@ def test_it_sees_what_the_server_saw(serve, healthy, tmp_path, flags):
     running = serve(policy=(str(healthy),), metrics_port=0, concurrency=1, queue=1)
     process, found = bench(tmp_path, "--server", running.server.address, "--seconds", 1.5, *flags)
     assert process.returncode == 0, process.stderr
-    assert {code: row["count"] for code, row in found["codes"].items()} == counted(running)
+    assert {code: row["count"] for code, row in found["codes"].items()} == counted(running.server.metrics_port)
     assert found["codes"]["OK"]["p50"] <= found["codes"]["OK"]["p99"] <= found["codes"]["OK"]["max"]
     assert f"{found['answers_per_second']:.1f} answers a second" in process.stdout
 

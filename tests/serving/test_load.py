@@ -1,6 +1,5 @@
 """Many callers, rude ones among them: what is counted is what they saw, and nothing leaks."""
 
-import re
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from protos.equiserve.v1 import policy_pb2 as pb
 from tests.serving.conftest import REPOSITORY, address_of
 from tests.serving.load import Vitals, connect, drained, rude_client
 from tests.serving.requests import acting
-from tests.serving.test_metrics import scrape
+from tests.serving.test_metrics import counted
 
 
 @pytest.mark.parametrize("round_", range(3))
@@ -48,8 +47,7 @@ def test_counts_are_exactly_what_the_callers_saw(serve, healthy):
         thread.start()
     for thread in threads:
         thread.join()
-    pattern = r'equiserve_call_seconds_count\{code="(\w+)",method="GetAction"\} ([\d.]+)'
-    counts = {code: int(float(n)) for code, n in re.findall(pattern, scrape(running.server.metrics_port))}
+    counts = counted(running.server.metrics_port)
     assert counts == dict(seen)
     assert set(seen) >= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE"}
     stats = running.stub.GetStats(pb.GetStatsRequest())

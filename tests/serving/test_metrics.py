@@ -18,6 +18,12 @@ def scrape(port):
         return page.read().decode()
 
 
+def counted(port):
+    """GetAction's calls by status."""
+    pattern = r'equiserve_call_seconds_count\{code="(\w+)",method="GetAction"\} ([\d.]+)'
+    return {code: int(float(n)) for code, n in re.findall(pattern, scrape(port))}
+
+
 def test_calls_are_counted_by_status_and_timed_by_phase(serve, healthy):
     running = serve(policy=(str(healthy),), metrics_port=0)
     for _ in range(3):

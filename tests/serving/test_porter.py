@@ -1,7 +1,6 @@
 """Who there is no room for is refused before anything else is done for him."""
 
 import threading
-import time
 from collections import Counter
 
 import grpc
@@ -11,6 +10,7 @@ from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import RETRY, Rejected, Status
 from tests.serving.load import connect
 from tests.serving.requests import acting, refusal
+from tests.serving.test_dispatcher import until
 
 METHODS = ("GetAction", "GetActionBatch")
 
@@ -26,13 +26,6 @@ def ask(channel):
     return channel.unary_unary("/equiserve.v1.PolicyService/GetAction").future(
         acting(1).SerializeToString(), timeout=20
     )  # fmt: skip
-
-
-def until(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture

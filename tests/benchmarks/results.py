@@ -49,7 +49,7 @@ EXPERT, NOISY = "--behavior expert", f"--behavior noisy --target-success {BEHAVI
 ROWS = (
     Row("drawer-200", "drawer_opening", f"{EXPERT} --transitions 200", "--algo bc", 5, 0.92),
     Row("drawer-1000-iql", "drawer_opening", f"{EXPERT} --transitions 1000", "--algo iql", 10, 0.97),
-    Row("drawer-1000-cql", "drawer_opening", f"{EXPERT} --transitions 1000", "--algo cql", 10, 0.97),
+    Row("drawer-1000-cql", "drawer_opening", f"{EXPERT} --transitions 1000", "--algo cql", 20, 0.97),
     Row("bowl-1000", "block_in_bowl", f"{EXPERT} --transitions 1000", "--algo bc", 15, 0.90),
     Row("stacking-2000", "block_stacking", f"{EXPERT} --transitions 2000", "--algo bc", 20, 0.80),
     Row("noisy-bc", "drawer_opening", f"{NOISY} --transitions 1000", "--algo bc", 8),

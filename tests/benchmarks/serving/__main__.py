@@ -31,7 +31,7 @@ MEASURES: dict[str, Callable[[Path, Path], list[Row]]] = {
 
 @dataclass(frozen=True)
 class Measure:
-    """Measure what docs/serving.md promises; about 35 minutes for all of it, 20 of them the soak."""
+    """Measure what docs/serving.md promises; about 45 minutes for all of it, 28 of them the soak."""
 
     policy: Path = Path("runs/demo/policy.onnx")
     """A policy of the cpu preset, as `make demo` leaves it."""

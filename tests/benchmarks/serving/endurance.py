@@ -24,7 +24,10 @@ from tests.serving.test_envelope import random_outputs_outside
 from tests.serving.test_episodes import bad_network
 from tests.serving.test_fuzz import fuzz
 
-SOAK_MINUTES, WARM_MINUTES = 20.0, 4.0
+SOAK_MINUTES, WARM_MINUTES = 20.0, 8.0
+"""Measured, and before that: until the seventh minute memory rises by steps, as heaps and queues find their size."""
+KILL_EACH_S, CYCLE_S = 10.0, 30.0
+"""In a cycle a file of the recording is filled and closed: its index, and what waits to be written, come and go."""
 
 
 def fuzzing(policy: Path, scratch: Path, count: int = 100_000) -> list[Row]:
@@ -138,10 +141,22 @@ rude_client(sys.argv[1], 50.0, threading.Event(), 0, Counter())
 """
 
 
-def _each(seconds: float, read: Callable[[], float], times: int) -> Iterator[float]:
-    for _ in range(times):
-        time.sleep(seconds)
-        yield read()
+def _killing(address: str) -> Iterator[None]:
+    """For one cycle: a client lives, is given time, and is killed."""
+    for _ in range(round(CYCLE_S / KILL_EACH_S)):
+        victim = subprocess.Popen([sys.executable, "-c", KILLED, address], cwd=REPOSITORY)
+        yield
+        victim.kill()
+        victim.wait()
+
+
+def _least(read: Callable[[], float], seconds: float) -> float:
+    """Of two readings a second."""
+    readings = []
+    for _ in range(round(2 * seconds)):
+        time.sleep(0.5)
+        readings.append(read())
+    return min(readings)
 
 
 def soak(policy: Path, scratch: Path, minutes: float = SOAK_MINUTES, warm: float = WARM_MINUTES) -> list[Row]:
@@ -153,13 +168,9 @@ def soak(policy: Path, scratch: Path, minutes: float = SOAK_MINUTES, warm: float
         for thread in threads:
             thread.start()
         vitals, begun = Vitals(running.process.pid), time.monotonic()
-        while (now := time.monotonic() - begun) < minutes * 60:
-            victim = subprocess.Popen([sys.executable, "-c", KILLED, running.address], cwd=REPOSITORY)
-            # What waits to be written, and a recording's index, come and go: the least of ten seconds is what stays.
-            least = min(_each(0.5, vitals.rss_mib, times=20))
-            victim.kill()
-            victim.wait()
-            print(f"soak: {now / 60:.1f} of {minutes:g} minutes, {least:.1f} MiB", file=sys.stderr)
+        while (now := time.monotonic() - begun) < (warm + minutes) * 60:
+            least = min(_least(vitals.rss_mib, KILL_EACH_S) for _ in _killing(running.address))
+            print(f"soak: {now / 60:.1f} of {warm + minutes:g} minutes, {least:.1f} MiB", file=sys.stderr)
             if now > warm * 60:
                 samples.append((now / 3600, least, vitals.threads(), vitals.descriptors()))
         over.set()
@@ -171,8 +182,8 @@ def soak(policy: Path, scratch: Path, minutes: float = SOAK_MINUTES, warm: float
     told = ", ".join(f"{code} {n}" for code, n in seen.most_common())
     return [
         Row(
-            f"soak of {minutes:g} minutes, 50 Hz x 4 with 1 % cancels, 1 % malformed, a client killed every 10 s: "
-            "RSS slope <= 1 MiB/h, threads and descriptors flat",
+            f"soak of {minutes:g} minutes after {warm:g} to warm up, 50 Hz x 4 with 1 % cancels, 1 % malformed, a "
+            f"client killed every {KILL_EACH_S:g} s: RSS slope <= 1 MiB/h, threads and descriptors flat",
             f"{slope:+.1f} MiB/h at {rss[-1]:.0f} MiB; threads {threads_seen.min():.0f} to {threads_seen.max():.0f}, "
             f"descriptors {descriptors.min():.0f} to {descriptors.max():.0f}; {told}",
             slope <= 1 and flat,

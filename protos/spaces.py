@@ -231,7 +231,7 @@ class PolicySpec:
                 for f in raw["action"]["fields"]
             )
             return cls(ObservationSpec(**observation), ActionSpec(fields))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise Rejected(
                 "contract",
                 "the JSON of a PolicySpec",

@@ -17,7 +17,7 @@ from protos.spaces import Observation
 from serving.envelope import Envelope, Limits
 from serving.errors import PolicyRefused, StartupError
 from serving.metrics import Metrics
-from serving.policy import Policy, load
+from serving.policy import Policy, load, sha256_of
 from serving.proofs import prove
 from serving.registry import Registry
 
@@ -47,6 +47,8 @@ class Library:
 
     def __post_init__(self) -> None:
         self._named: dict[str, Path] = {}
+        self._withdrawn: set[tuple[str, str]] = set()
+        """(name, sha256) of what was unloaded on request: only a request brings it back, not a look at the files."""
         self._loading = threading.Lock()
 
     def open(self, default: str = "") -> None:
@@ -55,21 +57,25 @@ class Library:
         Raises:
             PolicyRefused, StartupError: and nothing is live.
         """
-        policies = [self._proved(Path(path), name) for name, path in map(_split, self.files)]
-        for policy in policies:
-            if [(p.name, p.version) for p in policies].count((policy.name, policy.version)) > 1:
-                raise StartupError(
-                    f"policy {policy.name} {policy.version} is given twice; name them apart: A={policy.file}"
-                )
-        self._named = {p.name: Path(p.file) for p in policies}
-        for name, path in self._in_folder().items():
-            policies.append(self._proved(path, name))
-        if not policies:
-            raise StartupError(f"no policy in {self.folder}: put NAME.onnx there, or give --policy")
-        if default and default not in [p.name for p in policies]:
-            known = ", ".join(p.name for p in policies)
-            raise StartupError(f"--default-policy must be one of {known}, got {default}")
-        self.registry.publish(policies, default)
+        with self._loading:
+            policies = [self._proved(Path(path), name) for name, path in map(_split, self.files)]
+            self._named = {p.name: Path(p.file) for p in policies}
+            for name, path in self._in_folder().items():
+                if name in self._named:
+                    raise StartupError(
+                        f"policy {name} is in {self.folder} and is given as {self._named[name]}, too; name them apart: "
+                        f"--policy A={self._named[name]}"
+                    )
+                policies.append(self._proved(path, name))
+            if not policies:
+                raise StartupError(f"no policy in {self.folder}: put NAME.onnx there, or give --policy")
+            _require_apart(policies)
+            if default and default not in [p.name for p in policies]:
+                known = ", ".join(p.name for p in policies)
+                raise StartupError(f"--default-policy must be one of {known}, got {default}")
+            self.registry.publish(policies, default)
+            for policy in policies:
+                self._say_live(policy)
         self.changed()
 
     def load(self, name: str) -> Policy:
@@ -77,24 +83,34 @@ class Library:
 
         Raises:
             Rejected: NOT_FOUND for a name without a file; FAILED_PRECONDITION, with every reason, for a file that must
-                not serve. What was live before stays.
+                not serve. What was live before stays. UNAVAILABLE before `open`.
         """
         with self._loading:
+            self.registry.require_published()
             files = self._in_folder() | self._named
             if name not in files:
                 expected = f"one of: {', '.join(sorted(files))}"
                 raise Rejected("name", expected, shown(name), "a name, never a path", Status.NOT_FOUND)
             policy = self._renewed(name, files[name])
+            self._withdrawn.discard((name, policy.sha256))
         self.changed()
         return policy
 
     def unload(self, name: str, version: str = "") -> None:
-        """Raises what Registry.remove raises."""
-        self.registry.remove(name, version)
+        """Take a version (empty: all) out of use, until it is asked for by `load` or its file changes.
+
+        Raises what Registry.remove raises.
+        """
+        with self._loading:
+            removed = self.registry.remove(name, version)
+            self._withdrawn |= {(policy.name, policy.sha256) for policy in removed}
+        for policy in removed:
+            self.metrics.forget_proofs(policy.name, policy.version)
         self.changed()
 
     def refresh(self) -> list[str]:
-        """Look at every file again: what is new or changed goes live, what vanished from the folder is unloaded.
+        """Look at every file again: what is new or changed goes live, what vanished from the folder is unloaded. What
+        was unloaded on request stays so.
 
         Returns what happened, a line each. A file that must not serve changes nothing but the log.
         """
@@ -102,6 +118,8 @@ class Library:
         with self._loading:
             found = self._in_folder()
             for name, path in (found | self._named).items():
+                if self._is_withdrawn(name, path):
+                    continue
                 try:
                     before = {p.version for p in self.registry if p.name == name}
                     policy = self._renewed(name, path)
@@ -111,7 +129,8 @@ class Library:
                     said.append(str(reason))
             for name in {p.name for p in self.registry} - set(found) - set(self._named):
                 try:
-                    self.registry.remove(name)
+                    for policy in self.registry.remove(name):
+                        self.metrics.forget_proofs(policy.name, policy.version)
                     said.append(f"{name} is unloaded")
                 except Rejected as reason:
                     said.append(f"{name} has no file any more and stays: {reason}")
@@ -126,7 +145,8 @@ class Library:
             if live and live[-1].has_same_file(path):
                 return live[-1]
             policy = self._proved(path, name)
-            self.registry.add(policy)
+            for older in self.registry.add(policy):
+                self.metrics.forget_proofs(older.name, older.version)
         except (PolicyRefused, Rejected) as refused:
             self.metrics.loaded("refused")
             log.error("policy %s: %s", name, refused)
@@ -134,7 +154,14 @@ class Library:
             got = "; ".join(f"{r.field}: expected {r.expected}, got {r.got}" for r in reasons)
             remedy = "the policy before stays live"
             raise Rejected("name", "a policy that proves itself", got, remedy, Status.FAILED_PRECONDITION) from refused
+        self._say_live(policy)
         return policy
+
+    def _is_withdrawn(self, name: str, path: Path) -> bool:
+        try:
+            return (name, sha256_of(path.read_bytes())) in self._withdrawn
+        except OSError:  # it will be said when it is loaded
+            return False
 
     def _in_folder(self) -> dict[str, Path]:
         files = sorted(self.folder.glob("*.onnx")) if self.folder else []
@@ -146,14 +173,29 @@ class Library:
             Envelope(policy.spec, self.limits)
         except Rejected as unknown:
             raise PolicyRefused(policy.file, [unknown]) from unknown
-        policy = replace(policy, inference_ms=_warm_ms(policy))
+        return replace(policy, inference_ms=_warm_ms(policy))
+
+    def _say_live(self, policy: Policy) -> None:
         log.info("policy %s %s: %s", policy.name, policy.version, policy.file)
         for proof in policy.proofs:
             log.info("  proof %s: %.3g, bound %.3g (%s)", proof.name, proof.measured, proof.bound, proof.detail)
             self.metrics.proved(policy.name, policy.version, proof.name, proof.measured, proof.bound)
         log.info("  warm: %.2f ms an action", policy.inference_ms)
         self.metrics.loaded("live")
-        return policy
+
+
+def _require_apart(policies: Sequence[Policy]) -> None:
+    """Under a name, versions differ and contracts do not. Raises StartupError."""
+    for policy in policies:
+        same = [p for p in policies if p.name == policy.name]
+        if [p.version for p in same].count(policy.version) > 1:
+            raise StartupError(
+                f"policy {policy.name} {policy.version} is given twice; name them apart: A={policy.file}"
+            )
+        try:
+            same[0].spec.require_same(policy.spec, f"{policy.file}, also called {policy.name},")
+        except Rejected as differs:
+            raise StartupError(f"{differs}; name them apart: A={policy.file}") from differs
 
 
 def _split(argument: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from serving.errors import StartupError
 # 0.1 ms to 10 s: a small policy answers in one millisecond, a paper-size one on a loaded machine in a hundred.
 BUCKETS_S = (*(base * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for base in (1, 2, 5)), 10.0)
 PHASES = ("decode", "queue", "inference", "safety", "encode")
+PROOF_LABELS = ("policy", "version", "proof", "what")
 RECENT = 4096
 """Calls that GetStats' quantiles speak of."""
 
@@ -58,7 +59,7 @@ class Metrics:
         self._proofs = Gauge(
             "equiserve_proof_error",
             "What a live policy's proof measured at load; beside it the bound.",
-            ["policy", "version", "proof", "what"],
+            PROOF_LABELS,
             registry=self.registry,
         )
 
@@ -67,8 +68,8 @@ class Metrics:
         self._timings.observe(method, code, seconds, phases.seconds)
         if code == "OK" and method == "GetAction":
             self._recent["call"].append(seconds)
-        for phase, spent in phases.seconds.items():
-            self._recent[phase].append(spent)
+            for phase, spent in phases.seconds.items():
+                self._recent[phase].append(spent)
 
     def intervened(self, field: str, rule: str) -> None:
         self._interventions.labels(field, rule).inc()
@@ -86,6 +87,12 @@ class Metrics:
     def proved(self, policy: str, version: str, proof: str, measured: float, bound: float) -> None:
         self._proofs.labels(policy, version, proof, "measured").set(measured)
         self._proofs.labels(policy, version, proof, "bound").set(bound)
+
+    def forget_proofs(self, policy: str, version: str) -> None:
+        """It is live no longer."""
+        for sample in [s for family in self._proofs.collect() for s in family.samples]:
+            if (sample.labels["policy"], sample.labels["version"]) == (policy, version):
+                self._proofs.remove(*(sample.labels[name] for name in PROOF_LABELS))
 
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A gauge that is read when it is asked for."""

@@ -87,7 +87,7 @@ class Policy:
     def has_same_file(self, path: Path) -> bool:
         """Whether the file there is, byte for byte, the one that this came from."""
         try:
-            return hashlib.sha256(path.read_bytes()).hexdigest() == self.sha256
+            return sha256_of(path.read_bytes()) == self.sha256
         except OSError:
             return False
 
@@ -171,11 +171,16 @@ def load(path: Path, name: str = "", *, intra_op_threads: int = 1) -> Policy:
         _require_wire_components(manifest.spec)
         _require_tensors("input", INPUTS, _input_shapes(manifest.spec), session.get_inputs())
         _require_tensors("output", OUTPUTS, _output_shapes(manifest.spec), session.get_outputs())
-        policy = Policy(name or manifest.task, str(path), hashlib.sha256(content).hexdigest(), manifest, session)
+        policy = Policy(name or manifest.task, str(path), sha256_of(content), manifest, session)
         _require_shapes_that_come(policy)
     except Rejected as reason:
         raise PolicyRefused(str(path), [reason]) from reason
     return policy
+
+
+def sha256_of(content: bytes) -> str:
+    """In hex: a file's identity, whose first digits are its version."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def _open(content: bytes, intra_op_threads: int) -> ort.InferenceSession:
@@ -232,18 +237,18 @@ def _require_tensors(
 
 
 def _require_shapes_that_come(policy: Policy) -> None:
-    """Run two golden observations: declared shapes may be symbolic, these are not."""
-    golden, pair = policy.manifest.golden, min(2, len(policy.manifest.golden.gripper))
-    try:
-        outputs = policy.act_batch(golden.depth[:pair], golden.gripper[:pair])
-    except Exception as error:  # onnxruntime's errors share no base class
-        got = f"an error: {str(error).splitlines()[0][:200]}"
-        raise _refusal("graph", "an answer to its own golden observations", got) from error
-    size = policy.spec.action.size
-    for name in ("action", "normalized", "std", "value"):
-        array, shape = getattr(outputs, name), (pair,) if name == "value" else (pair, size)
-        if array is not None and array.shape != shape:
-            raise _refusal(f"output {name}", f"{list(shape)} for a batch of {pair}", str(list(array.shape)))
+    """Run one and two golden observations: declared shapes may be symbolic, these are not, and robots send one."""
+    golden, size = policy.manifest.golden, policy.spec.action.size
+    for batch in (1, min(2, len(golden.gripper))):
+        try:
+            outputs = policy.act_batch(golden.depth[:batch], golden.gripper[:batch])
+        except Exception as error:  # onnxruntime's errors share no base class
+            got = f"an error: {str(error).splitlines()[0][:200]}"
+            raise _refusal("graph", "an answer to its own golden observations", got) from error
+        for name in ("action", "normalized", "std", "value"):
+            array, shape = getattr(outputs, name), (batch,) if name == "value" else (batch, size)
+            if array is not None and array.shape != shape:
+                raise _refusal(f"output {name}", f"{list(shape)} for a batch of {batch}", str(list(array.shape)))
 
 
 def _refusal(field: str, expected: str, got: str, remedy: str = EXPORT_AGAIN) -> Rejected:

@@ -39,6 +39,17 @@ class _Item(NamedTuple):
     size: int
 
 
+def require_folder(folder: Path) -> None:
+    """Make it where it is missing. Raises StartupError when nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StartupError(f"--record {folder}: {error.strerror}") from error
+
+
 class Recorder:
     """Writes into `folder`, a new file after `file_bytes` or FILE_MESSAGES; the oldest go when there would be more than
     `total_bytes`.
@@ -65,13 +76,7 @@ class Recorder:
         self._opened, self._blocked_until, self._failing = 0, 0.0, False
         self._infos: dict[tuple[str, str], pb.PolicyInfo] = {}
         self._described: set[tuple[str, str]] = set()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise StartupError(f"--record {folder}: {error.strerror}") from error
+        require_folder(folder)
         self._thread = threading.Thread(target=self._write_all, name="recorder", daemon=True)
         self._thread.start()
 

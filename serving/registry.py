@@ -30,8 +30,13 @@ class Registry:
         with self._changing:
             self._live = _Live(tuple(policies), default or policies[0].name)
 
-    def add(self, policy: Policy) -> None:
-        """Go live with one more. It is the newest of its name; the oldest beyond KEPT_VERSIONS leaves.
+    def require_published(self) -> None:
+        """Raises Rejected, UNAVAILABLE, before `publish`."""
+        if not self._live.policies:
+            raise Rejected("server", "loaded policies", "none yet", "wait and try again", Status.UNAVAILABLE)
+
+    def add(self, policy: Policy) -> list[Policy]:
+        """Go live with one more. It is the newest of its name; the oldest beyond KEPT_VERSIONS leave, and are returned.
 
         Raises:
             Rejected: FAILED_PRECONDITION when the name stands for another contract: controllers rely on it.
@@ -44,9 +49,10 @@ class Registry:
             kept = same[-(KEPT_VERSIONS - 1) :] if KEPT_VERSIONS > 1 else []
             others = [p for p in live.policies if p.name != policy.name or p in kept]
             self._live = _Live((*others, policy), live.default or policy.name)
+            return [p for p in same if p not in kept]
 
-    def remove(self, name: str, version: str = "") -> None:
-        """Take a version (empty: all of them) from those that new calls and episodes can ask for.
+    def remove(self, name: str, version: str = "") -> list[Policy]:
+        """Take a version (empty: all of them) from those that new calls and episodes can ask for, and return it.
 
         Raises:
             Rejected: NOT_FOUND; FAILED_PRECONDITION when the default would be left without a policy.
@@ -60,6 +66,7 @@ class Registry:
                 expected = "a policy other than the default's last"
                 raise Rejected("name", expected, shown(name), remedy, Status.FAILED_PRECONDITION)
             self._live = _Live(left, live.default)
+            return [p for p in live.policies if p not in left]
 
     def set_default(self, name: str) -> None:
         """Raises Rejected, NOT_FOUND."""
@@ -79,9 +86,8 @@ class Registry:
         Raises:
             Rejected: NOT_FOUND naming `field` or "version" and what there is; UNAVAILABLE before `publish`.
         """
+        self.require_published()
         live = self._live
-        if not live.policies:
-            raise Rejected("server", "loaded policies", "none yet", "wait and try again", Status.UNAVAILABLE)
         named = [p for p in live.policies if p.name == (name or live.default)]
         if not named:
             known = ", ".join(dict.fromkeys(p.name for p in live.policies))

@@ -8,7 +8,6 @@ behind serving.dispatcher, so there are always threads left for health and for r
 """
 
 import gc
-import ipaddress
 import logging
 import signal
 import sys
@@ -32,10 +31,11 @@ from serving.errors import PolicyRefused, StartupError
 from serving.frames import FrameWatch
 from serving.libc import share_heaps
 from serving.library import Library
+from serving.listening import bind, require_address
 from serving.metrics import Metrics
 from serving.parsing import Parser
 from serving.porter import Porter
-from serving.recorder import Recorder
+from serving.recorder import Recorder, require_folder
 from serving.registry import Registry
 from serving.security import Certificates, Doorman, Gate
 from serving.servicer import PolicyServicer
@@ -119,7 +119,7 @@ class Server:
         pb_grpc.add_PolicyAdminServicer_to_server(admin, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
-        self.address = _bind(self._grpc, config)
+        self.address = bind(self._grpc, config)
         self._watch()
         if config.record:
             mib = 2**20
@@ -209,46 +209,18 @@ class _Workers(ThreadPoolExecutor):
         return getattr(self._call, "arrival", None)
 
 
-def _bind(server: grpc.Server, config: Config) -> str:
-    """Bind and return HOST:PORT with the port that was taken."""
-    host, _, port = config.listen.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise StartupError(f"--listen must be HOST:PORT, for example localhost:50051, got {config.listen!r}")
-    if not _is_loopback(host) and not config.insecure and not config.tls_cert:
-        raise StartupError(
-            f"--listen {config.listen} can be reached from other machines, and is not encrypted: give --tls-cert and "
-            "--tls-key, listen on localhost, or say --insecure if the network is yours"
-        )
-    # grpc is content when one of the addresses of "localhost" can be bound; a port that is half taken must not pass.
-    address = f"127.0.0.1:{port}" if host == "localhost" else config.listen
-    try:
-        if config.tls_cert and config.tls_key:
-            certificates = Certificates(config.tls_cert, config.tls_key, config.tls_client_ca)
-            bound = server.add_secure_port(address, certificates.credentials())
-        else:
-            bound = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise StartupError(
-            f"cannot listen on {config.listen}: is the port in use, or the address not this machine's? "
-            "choose another --listen, or port 0 for a free one"
-        ) from error
-    return f"{host}:{bound}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:  # another host name: where it leads is not ours to know
-        return False
-
-
 def check(config: Config) -> str:
-    """What would be served. Raises what a start would raise, the port apart."""
+    """What would be served. Raises what a start would raise, a port that is taken apart."""
+    require_address(config)
     library = Library(Registry(), Metrics(), config.policy, config.policies, config.intra_op_threads, config.bounds)
     library.open(config.default_policy)
     if config.tls_cert and config.tls_key:
         Certificates(config.tls_cert, config.tls_key, config.tls_client_ca)
     Gate(config.tokens)
+    if config.record:
+        require_folder(config.record)
+    if config.trace:
+        OpenTelemetry()
     served = ", ".join(f"{p.name} {p.version}" for p in library.registry)
     return f"the configuration is good; it serves {served}, by default {library.registry.default}"
 
@@ -278,7 +250,10 @@ def serve(config: Config) -> None:
 def _refresh_when(asked: threading.Event, server: Server) -> None:
     while asked.wait():
         asked.clear()
-        server.refresh()
+        try:
+            server.refresh()
+        except Exception:  # the next signal may revoke a token: whatever failed, it must be heard
+            log.exception("SIGHUP: not all of it could be done; what was before stays")
 
 
 def main() -> int:

@@ -10,8 +10,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
+from protos.errors import Rejected, Status
 from protos.spaces import ACTION, ObservationSpec, PolicySpec
+from serving.envelope import Limits
+from serving.library import Library
+from serving.metrics import Metrics
+from serving.registry import Registry
 from serving.security import new_token
+from serving.server import _refresh_when
 from tests.makers import tiny_policy_file
 from tests.serving.requests import acting, refusal
 
@@ -109,6 +115,17 @@ def weights_elsewhere(path):
     onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=1024)
 
 
+def squeezed(path):
+    """Its value has a batch's shape for two robots, and none for one."""
+    model = onnx.load(tiny_policy_file(path, weight=3.0))
+    model.graph.output.remove(next(o for o in model.graph.output if o.name == "value"))
+    for node in model.graph.node:
+        node.output[:] = ["whole" if name == "value" else name for name in node.output]
+    model.graph.node.append(onnx.helper.make_node("Squeeze", ["whole"], ["value"]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("value", onnx.TensorProto.FLOAT, None))
+    onnx.save(model, path)
+
+
 def operators_of_its_own(path):
     model = onnx.load(tiny_policy_file(path, weight=3.0))
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
@@ -126,7 +143,7 @@ def missing(path):
 
 
 BAD = (truncated, garbage, transposed, lopsided, deaf, not_a_number, another_contract, weights_elsewhere)
-BAD += (operators_of_its_own, another_input)
+BAD += (operators_of_its_own, another_input, squeezed)
 
 
 @pytest.mark.parametrize("candidate", BAD, ids=lambda c: c.__name__)
@@ -180,6 +197,70 @@ def test_a_refresh_takes_up_new_files_and_drops_vanished_ones(operated, folder):
     missing(folder / "door.onnx")
     running.server.refresh()
     assert running.stub.GetAction(acting(), metadata=token).policy == "door"
+
+
+def test_what_was_unloaded_comes_back_when_asked_for_alone(operated, folder):
+    """Or a token that is revoked by SIGHUP would bring back a version that was found to be bad."""
+    running, admin, token = operated
+    (good,) = versions(running)
+    tiny_policy_file(folder / "door.onnx", weight=1.5)
+    bad = admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token).policy.version
+    admin.UnloadPolicy(pb.UnloadPolicyRequest(name="door", version=bad), metadata=token)
+    admin.UnloadPolicy(pb.UnloadPolicyRequest(name="other"), metadata=token)
+    running.server.refresh()
+    assert [(p.name, p.version) for p in running.server.registry] == [("door", good)]
+    tiny_policy_file(folder / "other.onnx", weight=2.5)
+    running.server.refresh()
+    assert [p.name for p in running.server.registry] == ["door", "other"]
+    admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token)
+    assert versions(running) == [good, bad]
+
+
+def test_metrics_speak_of_live_policies_alone(operated, folder):
+    running, admin, token = operated
+    metrics = running.server.metrics.registry
+
+    def proved():
+        samples = (s for family in metrics.collect() for s in family.samples if s.name == "equiserve_proof_error")
+        return {(s.labels["policy"], s.labels["version"]) for s in samples}
+
+    def loads(result):
+        return metrics.get_sample_value("equiserve_policy_loads_total", {"result": result}) or 0
+
+    another_contract(folder / "door.onnx")
+    refusal(admin.LoadPolicy, pb.LoadPolicyRequest(name="door"), metadata=token)
+    assert (loads("live"), loads("refused")) == (2, 1)
+    for weight in (1.5, 1.6, 1.7):
+        tiny_policy_file(folder / "door.onnx", weight=weight)
+        admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token)
+    admin.UnloadPolicy(pb.UnloadPolicyRequest(name="other"), metadata=token)
+    assert proved() == {(p.name, p.version) for p in running.server.registry}
+
+
+def test_nothing_is_loaded_into_a_server_that_starts(tmp_path, folder):
+    library = Library(Registry(), Metrics(), (), folder, 1, Limits())
+    with pytest.raises(Rejected) as refused:
+        library.load("other")
+    assert refused.value.status is Status.UNAVAILABLE
+    assert not list(library.registry)
+
+
+def test_a_failure_does_not_make_the_server_deaf_to_the_next_signal():
+    """Which may revoke a token."""
+    asked, heard, again = threading.Event(), [], threading.Event()
+
+    class Failing:
+        def refresh(self):
+            heard.append(len(heard))
+            again.set()
+            raise TypeError("nobody foresaw that")
+
+    threading.Thread(target=_refresh_when, args=(asked, Failing()), daemon=True).start()
+    for _ in range(2):
+        asked.set()
+        assert again.wait(5)
+        again.clear()
+    assert heard == [0, 1]
 
 
 def test_drain_ends_the_server(operated):

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from protos.spaces import ACTION, ObservationSpec, PolicySpec
 from serving import server
 from serving.config import Config, parse
 from serving.errors import StartupError
@@ -131,11 +132,26 @@ def test_a_good_configuration_is_said_to_be_good(monkeypatch, capsys, healthy):
         (["--policy", "{good}", "--tls-cert", "{bad}", "--tls-key", "{bad}"], "--tls-cert"),
         (["--policy", "{good}", "--limits", "speed", "0.1"], "speed"),
         (["--policies", "{empty}"], "no policy in"),
+        (["--policy", "{good}", "--listen", "0.0.0.0:50051"], "--insecure"),
+        (["--policy", "{good}", "--listen", "nonsense"], "HOST:PORT"),
+        (["--policy", "{good}", "--record", "{bad}"], "--record"),
+        (["--policy", "a={good}", "--policy", "a={other}"], "name them apart"),
     ],
 )
 def test_a_bad_configuration_is_said_to_be_bad(monkeypatch, capsys, healthy, tmp_path, flags, words):
     empty = tmp_path / "empty"
     empty.mkdir()
-    bad = tiny_policy_file(tmp_path / "bad.onnx", breaks=["transposed"])
-    assert checked(monkeypatch, *(flag.format(good=healthy, bad=bad, empty=empty) for flag in flags)) == 1
+    files = {
+        "good": healthy,
+        "empty": empty,
+        "bad": tiny_policy_file(tmp_path / "bad.onnx", breaks=["transposed"]),
+        "other": tiny_policy_file(tmp_path / "other.onnx", PolicySpec(ObservationSpec(height=16, width=16), ACTION)),
+    }
+    assert checked(monkeypatch, *(flag.format(**files) for flag in flags)) == 1
     assert words in capsys.readouterr().err
+
+
+def test_a_name_stands_for_one_file(monkeypatch, capsys, healthy, tmp_path):
+    tiny_policy_file(tmp_path / "door.onnx", weight=2.0)
+    assert checked(monkeypatch, "--policy", f"door={healthy}", "--policies", tmp_path) == 1
+    assert f"door is in {tmp_path} and is given as {healthy}" in capsys.readouterr().err

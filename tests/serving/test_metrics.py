@@ -1,5 +1,6 @@
 """Calls are counted by status and timed by phase."""
 
+import contextlib
 import re
 import urllib.request
 
@@ -9,8 +10,9 @@ import pytest
 from protos.codec import pack_observation
 from protos.equiserve.v1 import policy_pb2 as pb
 from serving.errors import StartupError
-from serving.metrics import Metrics
+from serving.metrics import PHASES, Metrics
 from tests.makers import scene
+from tests.serving.requests import acting
 
 
 def scrape(port):
@@ -36,6 +38,15 @@ def test_calls_are_counted_by_status_and_timed_by_phase(serve, healthy):
     for phase in ("queue", "decode", "inference", "safety", "encode"):
         assert f'equiserve_phase_seconds_count{{phase="{phase}"}}' in text
     assert 'le="0.0001"' in text
+
+
+def test_quantiles_speak_of_answers(serve, healthy):
+    running = serve(policy=(str(healthy),))
+    for message in (acting(1), acting(1, age_us=10**9)):
+        with contextlib.suppress(grpc.RpcError):
+            running.stub.GetAction(message)
+    latencies = running.stub.GetStats(pb.GetStatsRequest()).latencies
+    assert {(row.phase, row.samples) for row in latencies} == {(name, 1) for name in ("call", *PHASES)}
 
 
 def test_a_taken_metrics_port_is_a_clear_error():

@@ -33,8 +33,8 @@ class _Rate:
     events: float = 0.0
     last: float = -math.inf
 
-    def note(self, now: float) -> None:
-        self.events, self.last = self.at(now) * self.window_s + 1.0, now
+    def note(self, now: float, count: int = 1) -> None:
+        self.events, self.last = self.at(now) * self.window_s + count, now
 
     def at(self, now: float) -> float:
         """Hz."""
@@ -50,10 +50,13 @@ class _Client:
     period_s: float = math.inf
     on_beat: int = 0
     off_beat: int = 0
+    coming: bool = False
+    """Its call is on its way from the door to the model."""
 
     def ask(self, now: float) -> None:
         gap = now - self.asks.last
         self.asks.note(now)
+        self.coming = True
         if abs(gap - self.period_s) <= REGULAR * self.period_s < math.inf:
             self.period_s += 0.2 * (gap - self.period_s)
             self.on_beat, self.off_beat = self.on_beat + 1, 0
@@ -74,9 +77,10 @@ class _Client:
         return self.on_beat >= ON_BEAT and now - self.asks.last < 2 * self.period_s
 
     def due(self, now: float, within_s: float) -> bool:
-        """Its next call comes within that time, if it keeps its beat."""
+        """Its next call comes within that time, if it keeps its beat, or has come and not reached the model yet."""
         next_s = self.asks.last + self.period_s - now
-        return self.on_beat >= ON_BEAT and -MARGIN_S < next_s < within_s + MARGIN_S
+        here = self.coming and now - self.asks.last < MARGIN_S
+        return self.on_beat >= ON_BEAT and (here or -MARGIN_S < next_s < within_s + MARGIN_S)
 
 
 class Rhythm:
@@ -103,13 +107,20 @@ class Rhythm:
         client.ask(now)
         self._asks.note(now)
 
+    def asks_more(self, name: str, now: float, inferences: int) -> None:
+        """Its call wants so many besides the first: a batch at 4 Hz may ask for more than a robot at 20."""
+        if name in self._clients:
+            self._clients[name].asks.note(now, inferences)
+            self._asks.note(now, inferences)
+
     def refuses(self, now: float) -> None:
         """A call, for want of room."""
         self._refusals.note(now)
 
-    def starts(self, name: str, now: float) -> None:
+    def starts(self, name: str, now: float, inferences: int = 1) -> None:
         if name in self._clients:
-            self._clients[name].starts.note(now)
+            self._clients[name].starts.note(now, inferences)
+            self._clients[name].coming = False
 
     def took(self, seconds: float) -> None:
         self.turn_s += (0.1 if self.turn_s else 1.0) * (seconds - self.turn_s)
@@ -129,8 +140,8 @@ class Rhythm:
         """What is asked for, of what there is."""
         return sum(hz) * self.turn_s / self._concurrency
 
-    def is_in_the_way(self, name: str, now: float) -> bool:
-        """An inference for `name`, begun now, would be at the cost of clients that ask for less."""
+    def is_in_the_way(self, name: str, now: float, inferences: int = 1) -> bool:
+        """So many for `name`, begun now, would be at the cost of clients that ask for less."""
         others = self.rarer(name, now)
         if not others:
             return False
@@ -139,7 +150,7 @@ class Rhythm:
         fits = self._asked(c.hz(now) for c in active.values()) <= 1 or self._asked([asked]) <= 1 / len(active)
         if asked <= self._client_hz and fits:
             return False
-        return mine.starts.at(now) >= self._client_hz or any(c.due(now, self.turn_s) for c in others)
+        return mine.starts.at(now) >= self._client_hz or any(c.due(now, inferences * self.turn_s) for c in others)
 
     def rarer(self, name: str, now: float) -> list[_Client]:
         """Active clients that ask much less often than `name`, and no more often than a controller."""

@@ -44,6 +44,30 @@ def test_who_floods_may_not_start_before_a_robots_next_call_and_may_after_it():
     assert not rhythm.is_in_the_way("robot", last + 0.05)
 
 
+def test_a_call_between_the_door_and_the_model_is_still_due():
+    """Its message is being read: an inference begun now would be in its way after all."""
+    rhythm = together(("flood", 200), ("robot", 20))
+    rhythm.asks("robot", 3.0)
+    assert rhythm.is_in_the_way("flood", 3.001)
+    rhythm.starts("robot", 3.0015)
+    assert not rhythm.is_in_the_way("flood", 3.002)
+    rhythm.asks("robot", 3.05)
+    assert not rhythm.is_in_the_way("flood", 3.05 + MARGIN_S + 0.001)  # it was refused on its way
+
+
+def test_a_batch_asks_for_as_much_as_it_takes():
+    rhythm = together(("batches", 4), ("robot", 20))
+    assert rhythm.rarer("robot", 3.0)  # by calls alone
+    for turn in np.arange(0.0, 3.0, 1 / 32):
+        rhythm.asks_more("batches", 3.0 + float(turn), 7)
+        if turn % (1 / 4) < 1 / 32:
+            rhythm.asks("batches", 3.0 + float(turn))
+        if turn % (1 / 20) < 1 / 32:
+            rhythm.asks("robot", 3.0 + float(turn))
+    assert not rhythm.rarer("robot", 6.0)
+    assert len(rhythm.rarer("batches", 6.0)) == 1
+
+
 def test_robots_within_a_controllers_rate_never_yield():
     rhythm = together(("one", 20), ("two", 50), ("three", 10))
     for name in ("one", "two", "three"):

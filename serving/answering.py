@@ -81,7 +81,7 @@ class Answering:
         self.metrics, self._gate, self._tracer, self._arrival = metrics, gate, tracer, arrival
         self.draining = False
         self._prefix, self._count = uuid.uuid4().hex[:8], itertools.count(1)
-        self._throttle = Throttle()
+        self._throttle, self._failures = Throttle(), Throttle()  # a flood of refusals must not hide a failure
 
     @contextmanager
     def __call__(self, method: str, context: grpc.ServicerContext) -> Iterator[Call]:
@@ -99,7 +99,7 @@ class Answering:
             except Rejected as rejected:
                 refusal = rejected
             except Exception:
-                refusal = _unforeseen(method, call)
+                refusal = self._unforeseen(method, call)
             span.end(call.phases, refusal.status.value if refusal else "OK")
         if refusal:
             self.refuse(method, refusal, context, call)
@@ -109,7 +109,7 @@ class Answering:
     def fail(self, method: str, context: grpc.ServicerContext) -> None:
         """Where an exception is handled that nobody foresaw, before the call reached its method."""
         call = self._call(context)
-        self.refuse(method, _unforeseen(method, call), context, call)
+        self.refuse(method, self._unforeseen(method, call), context, call)
 
     def refuse(self, method: str, rejected: Rejected, context: grpc.ServicerContext, call: Call | None = None) -> None:
         """Count, log and answer a refusal."""
@@ -129,6 +129,15 @@ class Answering:
         trailing = (*status.trailing_metadata, (REQUEST_ID, call.request_id))
         context.abort_with_status(_Status(status.code, status.details, trailing))
 
+    def _unforeseen(self, method: str, call: Call) -> Rejected:
+        """Log the exception that is being handled; the caller is told no more than where to find it."""
+        if self._failures.allows():
+            left_out = self._failures.left_out()
+            more = f" ({left_out} more failures were not written)" if left_out else ""
+            log.exception("%s: request %s failed%s", method, call.request_id, more)
+        told = f"the server's log has it under request {call.request_id}"
+        return Rejected("server", "no failure", "an internal error", told, Status.INTERNAL)
+
     def _call(self, context: grpc.ServicerContext) -> Call:
         return Call(context, context.peer(), self._request_id(context.invocation_metadata()), self._arrival())
 
@@ -138,13 +147,6 @@ class Answering:
             if key == REQUEST_ID and isinstance(value, str) and SAFE_ID.fullmatch(value):
                 return value
         return f"{self._prefix}-{next(self._count)}"
-
-
-def _unforeseen(method: str, call: Call) -> Rejected:
-    """Log the exception that is being handled; the caller is told no more than where to find it."""
-    log.exception("%s: request %s failed", method, call.request_id)
-    told = f"the server's log has it under request {call.request_id}"
-    return Rejected("server", "no failure", "an internal error", told, Status.INTERNAL)
 
 
 @functools.lru_cache(64)

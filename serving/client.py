@@ -218,8 +218,8 @@ class PolicyClient:
             self._end(episode)
 
     def _act(self, observation: Observation, pose: Pose | None, age_us: int, **whose: Any) -> Answer:
-        spec = self.spec
         start, sent = time.perf_counter(), time.monotonic()
+        spec = self.spec  # the first time, this connects, and the frame grows older meanwhile
         request = pb.GetActionRequest(
             observation=pack_observation(observation, pose=pose, age_us=age_us), contract_digest=spec.digest, **whose
         )

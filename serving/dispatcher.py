@@ -52,6 +52,10 @@ class _Ticket:
     came: float = field(default_factory=time.perf_counter)
     called: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def size(self) -> int:
+        return len(self.observations)
+
     def __post_init__(self) -> None:
         self.called.acquire()  # released when there is news: a place, an answer, or that it is too late
 
@@ -90,7 +94,7 @@ class Dispatcher:
         return len(self._line)
 
     def act(self, policy: Policy, observations: Sequence[Observation], caller: Caller) -> Turn:
-        """The policy's proposals, in turn.
+        """The policy's proposals, in turn. A turn is not interrupted: many observations are better asked for in parts.
 
         Raises:
             Rejected: RESOURCE_EXHAUSTED at once when the line is full; DEADLINE_EXCEEDED when the caller's time ran
@@ -101,7 +105,9 @@ class Dispatcher:
             if caller.gone:
                 self.expired += 1
                 raise _too_late()
-            if self._require_room(caller.name):
+            if ticket.size > 1:
+                self._rhythm.asks_more(caller.name, time.monotonic(), ticket.size - 1)
+            if self._require_room(caller.name, ticket.size):
                 self._start(ticket)
             else:
                 self._line.append(ticket)
@@ -132,9 +138,9 @@ class Dispatcher:
             if not repeats:
                 self._require_room(name)
 
-    def _require_room(self, name: str) -> bool:
-        """True where a call may start, False where it may wait."""
-        self._require_share(name)
+    def _require_room(self, name: str, size: int = 1) -> bool:
+        """True where a call for `size` inferences may start, False where it may wait."""
+        self._require_share(name, size)
         if self._may_start(name):
             return True
         for gone in [t for t in self._line if t.caller.gone]:
@@ -166,8 +172,8 @@ class Dispatcher:
         turns = self._max_wait_s / self._rhythm.turn_s * at_once
         return min(self._longest, max(1, int(min(turns, self._longest))))
 
-    def _require_share(self, name: str) -> None:
-        if self._rhythm.is_in_the_way(name, time.monotonic()):
+    def _require_share(self, name: str, size: int = 1) -> None:
+        if self._rhythm.is_in_the_way(name, time.monotonic(), size):
             expected, got = "a controller's rate, and a fair share of the model's time", "more, while others act"
             raise Rejected("server", expected, got, "send less often", Status.RESOURCE_EXHAUSTED)
 
@@ -179,7 +185,7 @@ class Dispatcher:
         ticket.leads = True
         self._in_use += 1
         self._running[ticket.caller.name] += 1
-        self._rhythm.starts(ticket.caller.name, time.monotonic())
+        self._rhythm.starts(ticket.caller.name, time.monotonic(), ticket.size)
         ticket.called.release()
 
     def _expire(self, ticket: _Ticket) -> None:
@@ -194,10 +200,10 @@ class Dispatcher:
         batch = [ticket]
         if self._max_batch > 1:
             with self._lock:
-                same = [t for t in self._line if t.policy is ticket.policy and not t.caller.gone]
-                batch += same[: self._max_batch - 1]
-                for taken in batch[1:]:
-                    self._line.remove(taken)
+                for other in [t for t in self._line if t.policy is ticket.policy and not t.caller.gone]:
+                    if sum(t.size for t in batch) + other.size <= self._max_batch:
+                        self._line.remove(other)
+                        batch.append(other)
         # Who has just come, or is to be refused, would else wait for a whole inference, first for the core and then for
         # the interpreter: at twice the capacity it makes accepted calls' p99 9 ms instead of 25.
         offer_core()
@@ -207,7 +213,7 @@ class Dispatcher:
             spent = time.perf_counter() - start
             offer_interpreter()
             with self._lock:
-                self._rhythm.took(spent / sum(len(one.observations) for one in batch))
+                self._rhythm.took(spent / sum(one.size for one in batch))
             for one in batch:
                 one.outcome = Turn([next(proposals) for _ in one.observations], start - one.came, spent)
         except BaseException as error:
@@ -234,7 +240,7 @@ class Dispatcher:
                 elif self._may_start(candidate.caller.name):
                     self._line.remove(candidate)
                     try:
-                        self._require_share(candidate.caller.name)
+                        self._require_share(candidate.caller.name, candidate.size)
                         self._start(candidate)
                     except Rejected as why:
                         self._refuse(candidate, why)

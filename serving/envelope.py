@@ -70,7 +70,8 @@ class Limits:
             floor = name == "z_floor_m"
             if not math.isfinite(value) or (value <= 0 and not floor):
                 raise Rejected(key, "a finite number" if floor else "a positive, finite number", f"{value:g}")
-            wider = value < held[name] if floor else value > held[name] * (1 + ROUNDING)
+            slack = ROUNDING * abs(held[name])  # limits travel as float32, and 0.02 would come as a little less
+            wider = value < held[name] - slack if floor else value > held[name] + slack
             if wider and refuse_wider:
                 remedy = "limits can be tightened, never widened"
                 raise Rejected(key, f"at {'least' if floor else 'most'} {held[name]:g}", f"{value:g}", remedy)
@@ -132,6 +133,12 @@ class Envelope:
         self._floored = self.limits.z_floor_m >= box.low[2]
         self._bounded = any(map(math.isfinite, (*self._low, *self._high)))
 
+    def require_pose(self, pose: Pose | None) -> None:
+        """Raises Rejected, FAILED_PRECONDITION, when there is a workspace or a floor and no pose."""
+        if self._bounded and pose is None:
+            remedy = "this server keeps a workspace; send where the gripper is"
+            raise Rejected("observation.pose", "a pose", "none", remedy, Status.FAILED_PRECONDITION)
+
     def decide(
         self,
         action: NDArray[np.float32],
@@ -150,11 +157,9 @@ class Envelope:
             previous: the action that was executed before; None: there was none.
 
         Raises:
-            Rejected: FAILED_PRECONDITION when there is a workspace and no pose.
+            Rejected: what `require_pose` raises.
         """
-        if self._bounded and pose is None:
-            remedy = "this server keeps a workspace; send where the gripper is"
-            raise Rejected("observation.pose", "a pose", "none", remedy, Status.FAILED_PRECONDITION)
+        self.require_pose(pose)
         proposed = action.tolist()
         if not sound or not all(map(math.isfinite, proposed)):
             return self._hold(proposed, gripper, previous)

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from protos.errors import Rejected, Status
 from protos.spaces import Observation
@@ -27,31 +28,44 @@ class FrameRules:
     strict: bool = False
 
 
+@dataclass(frozen=True)
+class Look:
+    """At one frame: how often it came in a row, this time included, and what to warn of."""
+
+    source: str
+    depth: NDArray[np.float32]
+    times: int
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    depth: NDArray[np.float32]
+    times: int
+    since: float
+
+
 class FrameWatch:
     """Remembers the last frame of each source."""
 
     def __init__(self, rules: FrameRules) -> None:
         self._rules = rules
         self._lock = threading.Lock()
-        self._last: OrderedDict[str, tuple[bytes, int, float]] = OrderedDict()
+        self._last: OrderedDict[str, _Seen] = OrderedDict()
 
-    def check(self, source: str, pixels: bytes, observation: Observation) -> list[str]:
-        """What to warn of.
+    def look(self, source: str, observation: Observation) -> Look:
+        """What to warn of; the frame is remembered once it is `answered`.
 
         Args:
             source: the episode, or the client where there is none.
-            pixels: as they came.
 
         Raises:
             Rejected: FAILED_PRECONDITION instead, where the rules are strict.
         """
         rules, warnings = self._rules, list[tuple[str, str]]()
-        with self._lock:
-            now = time.monotonic()
-            before, times, _ = self._last.pop(source, (b"", 0, now))
-            self._forget(now)
-            times = times + 1 if pixels == before else 1
-            self._last[source] = pixels, times, now
+        before = self._last.get(source)
+        repeated = before is not None and np.array_equal(before.depth, observation.depth)
+        times = before.times + 1 if before is not None and repeated else 1
         if 0 < rules.frozen_after <= times:
             warnings.append(("a camera that moves on", f"the same frame {times} times running"))
         depth = observation.depth
@@ -60,12 +74,21 @@ class FrameWatch:
             warnings.append((f"at most {rules.invalid_share:.0%} of pixels without depth", f"{invalid:.0%}"))
         if warnings and rules.strict:
             raise Rejected("observation.depth", *warnings[0], "check the camera", Status.FAILED_PRECONDITION)
-        return [f"observation.depth: expected {expected}, got {got}" for expected, got in warnings]
+        texts = [f"observation.depth: expected {expected}, got {got}" for expected, got in warnings]
+        return Look(source, observation.depth, times, texts)
+
+    def answered(self, look: Look) -> None:
+        """Remember a frame. A caller who was refused for want of room sends it again, and no camera is to blame."""
+        now = time.monotonic()
+        with self._lock:
+            self._last.pop(look.source, None)
+            self._forget(now)
+            self._last[look.source] = _Seen(look.depth, look.times, now)
 
     def _forget(self, now: float) -> None:
         """Who was silent longest stands first."""
         while self._last:
-            _, _, since = next(iter(self._last.values()))
+            since = next(iter(self._last.values())).since
             if len(self._last) < REMEMBERED and now - since < QUIET_S:
                 break
             self._last.popitem(last=False)

@@ -18,8 +18,8 @@ from protos.spaces import Observation, PolicySpec, Pose
 from serving.answering import Answering, Call
 from serving.dispatcher import Dispatcher
 from serving.envelope import Decision, Envelope, Limits
-from serving.frames import FrameWatch
-from serving.policy import Policy, Proposal
+from serving.frames import FrameWatch, Look
+from serving.policy import BATCH, Policy, Proposal
 from serving.recorder import Recorder
 from serving.registry import Registry
 from serving.sampling import sample
@@ -38,7 +38,7 @@ class _Task:
     observation: Observation
     pose: Pose | None
     age_s: float
-    warnings: Sequence[str]
+    look: Look
     rng: np.random.Generator | None
     """Where to draw from, or None for the greedy action."""
     previous: NDArray[np.float32] | None = None
@@ -94,13 +94,26 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
                 except Rejected as refused:
                     items[i].status.CopyFrom(_item_status(refused))
             for policy, group in tasks.items():
-                turn = self._dispatcher.act(policy, [task.observation for _, task in group], call.caller(math.inf))
-                for (i, task), proposal in zip(group, turn.proposals, strict=True):
-                    try:
-                        items[i].response.CopyFrom(self._respond(task, proposal, call))
-                    except Rejected as refused:
-                        items[i].status.CopyFrom(_item_status(refused))
+                for start in range(0, len(group), BATCH):  # others get their turns in between
+                    self._act_together(policy, group[start : start + BATCH], items, call)
             return pb.GetActionBatchResponse(items=items)
+
+    def _act_together(
+        self,
+        policy: Policy,
+        group: Sequence[tuple[int, _Task]],
+        items: list[pb.GetActionBatchResponse.Item],
+        call: Call,
+    ) -> None:
+        """One turn for the tasks of these items."""
+        try:
+            turn = self._dispatcher.act(policy, [task.observation for _, task in group], call.caller(math.inf))
+        except Rejected as refused:
+            for i, _ in group:
+                items[i].status.CopyFrom(_item_status(refused))
+            return
+        for (i, task), proposal in zip(group, turn.proposals, strict=True):
+            items[i].response.CopyFrom(self._respond(task, proposal, call))
 
     def StartEpisode(self, request: pb.StartEpisodeRequest, context: grpc.ServicerContext) -> pb.StartEpisodeResponse:
         with self._answering("StartEpisode", context) as call:
@@ -199,17 +212,17 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         if age_s + call.elapsed_s >= self._valid_for_s:
             raise self._stale(age_s + call.elapsed_s)
         source = episode.id if episode else call.client
-        warnings = self._frames.check(source, request.observation.depth, observation)
-        if warnings:
-            self._metrics.warned()
+        look = self._frames.look(source, observation)
+        envelope, pose = episode.envelope if episode else self._envelope(policy), unpack_pose(request.observation)
+        envelope.require_pose(pose)
         mode, seed = (episode.mode, (episode.seed, request.step)) if episode else (request.mode, request.seed)
         return _Task(
             policy,
-            episode.envelope if episode else self._envelope(policy),
+            envelope,
             observation,
-            unpack_pose(request.observation),
+            pose,
             age_s,
-            warnings,
+            look,
             np.random.default_rng(seed) if mode == pb.MODE_SAMPLE else None,
             previous,
         )
@@ -224,7 +237,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             decision = task.envelope.decide(
                 proposed, sound=sound, gripper=task.observation.gripper, pose=task.pose, previous=task.previous
             )
-            self._count(decision, task.policy)
+            self._count(decision, task)
         with call.phases.timed("encode"):
             response = pb.GetActionResponse(
                 action=pack_action(decision.action, spec),
@@ -240,7 +253,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
                 contract_digest=task.policy.spec.digest,
                 valid_for_us=round((self._valid_for_s - task.age_s) * 1e6),
                 hold=decision.hold,
-                warnings=task.warnings,
+                warnings=task.look.warnings,
                 request_id=call.request_id,
             )
         phases = call.phases
@@ -249,11 +262,14 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         response.timing.encode_us = phases.us("encode")
         return response
 
-    def _count(self, decision: Decision, policy: Policy) -> None:
+    def _count(self, decision: Decision, task: _Task) -> None:
         for change in decision.interventions:
             self._metrics.intervened(change.field, change.rule)
         if decision.hold:
-            self._metrics.held(policy.name)
+            self._metrics.held(task.policy.name)
+        if task.look.warnings:
+            self._metrics.warned()
+        self._frames.answered(task.look)
 
     def _envelope(self, policy: Policy) -> Envelope:
         digest = policy.spec.digest

@@ -18,6 +18,10 @@ Answer = Callable[[NDArray[np.float32] | None], pb.GetActionResponse]
 """What is asked for a new step: given the action that was answered before, if any."""
 
 
+WAITING = 2
+"""Calls of one episode that may wait for the one before, each with a thread of the server's: doubles of it, say."""
+
+
 @dataclass(eq=False)
 class Episode:
     """One run of a robot. `mode` and `seed` are those of StartEpisode; a mode left out there is greedy here."""
@@ -31,6 +35,7 @@ class Episode:
     steps: int = 0
     _last: tuple[pb.GetActionRequest, pb.GetActionResponse] | None = None
     _turn: threading.Lock = field(default_factory=threading.Lock)
+    _places: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1 + WAITING))
 
     def require_pinned(self, request: pb.GetActionRequest) -> None:
         """What StartEpisode settled may be repeated, not changed. Raises Rejected, FAILED_PRECONDITION."""
@@ -52,10 +57,22 @@ class Episode:
 
         Raises:
             Rejected: OUT_OF_RANGE for an older step, FAILED_PRECONDITION for another observation under the same step,
-                DEADLINE_EXCEEDED when an earlier call of this episode takes longer than `patience_s`.
+                DEADLINE_EXCEEDED when an earlier call of this episode takes longer than `patience_s`,
+                RESOURCE_EXHAUSTED when WAITING calls wait for it already.
         """
+        remedy = "one call at a time in an episode"
+        if not self._places.acquire(blocking=False):
+            expected = f"at most {WAITING} calls that wait for the one before"
+            raise Rejected("step", expected, "one more", remedy, Status.RESOURCE_EXHAUSTED)
+        try:
+            return self._in_turn(request, patience_s, answer, remedy)
+        finally:
+            self._places.release()
+
+    def _in_turn(
+        self, request: pb.GetActionRequest, patience_s: float, answer: Answer, remedy: str
+    ) -> pb.GetActionResponse:
         if not self._turn.acquire(timeout=patience_s):
-            remedy = "one call at a time in an episode"
             raise Rejected("step", "the call before to be over", "none", remedy, Status.DEADLINE_EXCEEDED)
         try:
             self.touched = time.monotonic()

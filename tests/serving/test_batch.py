@@ -5,6 +5,7 @@ import pytest
 
 from protos.codec import unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
+from protos.errors import Rejected, Status
 from protos.spaces import ACTION
 from tests.makers import tiny_policy_file
 from tests.serving.requests import acting, refusal
@@ -48,6 +49,24 @@ def test_a_batch_may_ask_several_policies(serve, healthy, tmp_path):
     assert [item.response.policy for item in items] == ["a", "b"] * 3
     assert items[0].response.action != running.stub.GetAction(acting(0, policy="b")).action
     assert sum(session.runs for session in running.sessions.values()) == 3
+
+
+def test_others_get_their_turn_within_a_batch(serve, healthy, monkeypatch):
+    """And what there is no room for by then says so itself."""
+    running = serve(policy=(f"tiny={healthy}",))
+    sizes, act = [], running.server.dispatcher.act
+
+    def counted(policy, observations, caller):
+        sizes.append(len(observations))
+        if len(sizes) == 2:
+            raise Rejected("server", "room", "none", "send less often", Status.RESOURCE_EXHAUSTED)
+        return act(policy, observations, caller)
+
+    monkeypatch.setattr(running.server.dispatcher, "act", counted)
+    requests = [acting(i) for i in range(20)]
+    items = running.stub.GetActionBatch(pb.GetActionBatchRequest(requests=requests)).items
+    assert sizes == [8, 8, 4]
+    assert [item.status.code for item in items] == [0] * 8 + [8] * 8 + [0] * 4
 
 
 @pytest.mark.parametrize("count", [0, 257])

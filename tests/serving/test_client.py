@@ -216,6 +216,14 @@ def test_an_episode_compares_the_whole_contract(running):
             pass
 
 
+def test_a_frame_grows_older_while_a_client_connects(fickle, monkeypatch):
+    described = fickle.GetPolicy
+    monkeypatch.setattr(fickle, "GetPolicy", lambda *call: time.sleep(0.2) or described(*call), raising=False)
+    with PolicyClient(fickle.address) as client:
+        before = time.monotonic()
+        assert client.act(scene(0)).expires_at < before + 0.2
+
+
 def test_an_answer_says_until_when_it_may_be_applied(running):
     with PolicyClient(running.server.address) as client:
         client.policy()

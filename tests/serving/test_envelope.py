@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status
 from protos.spaces import ACTION, GripperState, ObservationSpec, PolicySpec, Pose
 from protos.symmetry import QUARTER_TURNS
@@ -176,6 +177,13 @@ def test_limits_are_tightened_and_never_widened(asked, words):
         held.tightened(asked, ACTION)
     assert refused.value.field.startswith("limits[")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("floor", [0.01, 0.02, 0.7, -0.1])
+def test_limits_may_be_repeated_as_they_travel(floor):
+    held = Limits(step_m=0.1, jump_rad=0.3, z_floor_m=floor)
+    sent = pb.StartEpisodeRequest(limits={n: v for n, v in held.in_force(ACTION).items() if math.isfinite(v)}).limits
+    assert held.tightened(sent, ACTION).z_floor_m >= floor
 
 
 def test_limits_of_a_server_bound_every_policy_by_the_tighter():

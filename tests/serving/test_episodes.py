@@ -2,14 +2,17 @@
 
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import numpy as np
 import pytest
 
 from protos.codec import unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.spaces import ACTION, SPEC
+from serving.sessions import WAITING
 from tests.makers import small_spec, tiny_policy_file
 from tests.serving.requests import acting, refusal
 
@@ -75,6 +78,20 @@ def test_doubles_that_race_get_one_answer(episode, running):
         assert running.runs == before + 1
 
 
+def test_an_episode_keeps_few_threads_waiting(serve, healthy):
+    """Or its calls would take all threads, and health and other robots wait for them."""
+    running = serve(policy=(str(healthy),))
+    id_ = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
+    episode = running.server.sessions.get(id_)
+    with episode._turn:  # the call before takes long
+        calls = [running.stub.GetAction.future(acting(i, episode_id=id_, step=i), timeout=20) for i in range(40)]
+        until = time.monotonic() + 10
+        while len(waiting := [call for call in calls if not call.done()]) > 1 + WAITING and time.monotonic() < until:
+            time.sleep(0.01)
+        assert {call.code() for call in calls if call.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert [call.result().policy for call in waiting] == [running.policy.name] * (1 + WAITING)
+
+
 @pytest.mark.parametrize(
     "settled", [{"policy": "tiny"}, {"mode": pb.MODE_SAMPLE}, {"mode": pb.MODE_GREEDY}, {"seed": 4}], ids=str
 )
@@ -107,6 +124,8 @@ def test_another_contract_is_refused_by_the_field_that_differs(running):
     [
         (pb.StartEpisodeRequest(contract="{"), "contract"),
         (pb.StartEpisodeRequest(contract="[]"), "contract"),
+        (pb.StartEpisodeRequest(contract="[" * 100_000), "contract"),
+        (pb.StartEpisodeRequest(contract=SPEC.to_json().replace("0.05", "1" + "0" * 400)), "contract"),
         (pb.StartEpisodeRequest(mode=9), "mode"),
         (pb.StartEpisodeRequest(policy="other"), "policy"),
         (pb.StartEpisodeRequest(version="other"), "version"),
@@ -176,7 +195,7 @@ def calls_on_a_bad_network(steps, rng):
 
 
 def test_a_bad_network_brings_nothing_stale_doubled_or_swapped(serve, healthy, policy):
-    running = serve(policy=(str(healthy),), queue=8)
+    running = serve(policy=(str(healthy),), queue=8, max_wait_ms=1000.0)  # four callers, however slow the machine
     assert bad_network(running, policy, 1000) == (0, 0, 0)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from protos.equiserve.v1 import policy_pb2 as pb
+from protos.errors import Rejected
 from protos.spaces import Observation
 from serving.frames import QUIET_S, REMEMBERED, FrameRules, FrameWatch
 from tests.makers import scene, small_spec
@@ -49,10 +50,25 @@ def test_they_are_refused_where_that_is_asked_for(serve, healthy, message):
     running.stub.GetAction(acting(3))
 
 
+def shown(watch, source, observation):
+    look = watch.look(source, observation)
+    watch.answered(look)
+    return look.warnings
+
+
+def test_a_frame_that_is_sent_again_after_a_refusal_is_not_repeated():
+    watch = FrameWatch(FrameRules(frozen_after=2, strict=True))
+    for _ in range(5):
+        watch.look("a", scene(0))
+    assert not shown(watch, "a", scene(0))
+    with pytest.raises(Rejected, match="2 times running"):
+        watch.look("a", scene(0))
+
+
 def test_every_source_has_its_own_camera():
     watch, frame = FrameWatch(FrameRules(frozen_after=3)), scene(0)
     for turn in range(4):
-        warnings = [watch.check(source, b"same", frame) for source in ("a", "b")]
+        warnings = [shown(watch, source, frame) for source in ("a", "b")]
         assert [bool(w) for w in warnings] == [turn >= 2] * 2
 
 
@@ -65,7 +81,7 @@ def test_a_repeated_step_is_no_frozen_camera(serve, healthy):
 def test_memory_is_bounded():
     watch = FrameWatch(FrameRules())
     for source in range(3 * REMEMBERED):
-        watch.check(str(source), np.int64(source).tobytes(), scene(0))
+        shown(watch, str(source), scene(0))
     assert len(watch._last) == REMEMBERED
 
 
@@ -75,13 +91,13 @@ def test_who_was_silent_is_forgotten(monkeypatch):
     monkeypatch.setattr("serving.frames.time", SimpleNamespace(monotonic=lambda: now))
     watch, seen = FrameWatch(FrameRules(frozen_after=2)), scene(0)
     for source in range(20):
-        watch.check(str(source), b"same", seen)
+        shown(watch, str(source), seen)
         now += QUIET_S / 4
     assert len(watch._last) == 4
-    assert watch.check("19", b"same", seen)
-    assert not watch.check("0", b"same", seen)
+    assert shown(watch, "19", seen)
+    assert not shown(watch, "0", seen)
 
 
 def test_both_can_be_switched_off():
     watch, blank = FrameWatch(FrameRules(frozen_after=0, invalid_share=1.0)), np.zeros(small_spec().observation.shape)
-    assert not any(watch.check("a", b"same", Observation(blank, 0.0)) for _ in range(20))
+    assert not any(shown(watch, "a", Observation(blank, 0.0)) for _ in range(20))

@@ -58,7 +58,7 @@ def envelope(policy: Path, scratch: Path, count: int = 1_000_000) -> list[Row]:
 def order(policy: Path, scratch: Path, steps: int = 10_000) -> list[Row]:
     """Requirement 5."""
     file = tiny_policy_file(scratch / "order.onnx")
-    running = start(policy=(str(file),), queue=8)
+    running = start(policy=(str(file),), queue=8, max_wait_ms=1000.0)
     stale, doubled, swapped = bad_network(running, prove(load(file)), steps)
     running.server.stop()
     measured = f"{stale} stale, {doubled} doubled, {swapped} swapped"

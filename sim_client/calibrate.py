@@ -15,10 +15,9 @@ from scipy.special import expit, logit
 from tqdm import tqdm
 
 from protos.files import write_atomically
+from sim_client.seeds import CALIBRATED
 from sim_client.workers import Partial, Record, episodes
 
-FIRST_SEED = 800_000_000
-"""Scenes of calibration: neither recorded nor evaluated."""
 LEAST, MOST = 0.05, 4.0
 ROUNDS, EPISODES = 10, 60
 """All rounds count, each on scenes of its own: a rate of 40 % is met to 2 or 3 points."""
@@ -41,7 +40,7 @@ def calibrate(
     with tqdm(total=ROUNDS * EPISODES, unit="episode", desc="calibrate the noise") as bar:
         for turn in range(ROUNDS):
             scratch = Partial(folder / f"noise{turn}", {"noise": noise})
-            scenes = bind(make(noise), FIRST_SEED + turn * EPISODES)
+            scenes = bind(make(noise), CALIBRATED + turn * EPISODES)
             tried.append(noise)
             successes.append(0)
             with contextlib.closing(episodes(scratch, scenes, workers)) as endless:  # type: ignore[type-var]

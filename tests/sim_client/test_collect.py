@@ -176,6 +176,7 @@ def test_an_existing_dataset_is_not_overwritten(tmp_path: Path) -> None:
         ({"episodes": 1, "transitions": 1}, "give either"),
         ({"episodes": 0}, "nothing to record"),
         ({"episodes": 1, "seed": -1}, "must not be negative"),
+        ({"episodes": 1, "seed": 900}, "at most 699"),
         ({"episodes": 1, "workers": 0}, "at least 1"),
         ({"episodes": 1, "behavior": "clever"}, "no behaviour"),
         ({"episodes": 1, "behavior": "mixed:expert=0.5,random=0.2"}, "sum to 1"),

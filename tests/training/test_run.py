@@ -198,12 +198,15 @@ def test_presets_are_files_and_flags_override_them(preset: str, batch: int) -> N
 
 def test_a_preset_may_be_your_own_file_and_a_wrong_one_says_what_there_is(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
-    mine.write_text("batch_size: 6\niql:\n  expectile: 0.7\nnetwork:\n  group: C4\n")
+    mine.write_text("minutes: 3\nbatch_size: 6\niql:\n  expectile: 0.7\nnetwork:\n  group: C4\n")
     config = parse(["--dataset", "d", "--output", "o", "--preset", str(mine), "--iql.temperature", "2"])
     assert (config.batch_size, config.network.group) == (6, "C4")
     assert (config.iql.expectile, config.iql.temperature) == (0.7, 2.0)
     with pytest.raises(Rejected, match="cpu, gpu, paper"):
         parse(["--dataset", "d", "--output", "o", "--preset", "fast"])
+    mine.write_text("batch_size: 6\n")
+    with pytest.raises(ValueError, match="when to stop"):
+        parse(["--dataset", "d", "--output", "o", "--preset", str(mine)])
     mine.write_text("batch: 6\n")
     with pytest.raises(Rejected, match="unexpected keyword argument 'batch'"):
         parse(["--dataset", "d", "--output", "o", "--preset", str(mine)])

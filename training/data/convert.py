@@ -73,7 +73,7 @@ def open_dataset(
             f"{path}, contract",
             "a contract in the file",
             "nothing",
-            "say what its numbers mean: --geometry camera.toml",
+            "say what its numbers mean when you `import` it: --geometry camera.toml",
         )
     return source.about, _checked(path, source.episodes, source.about, None)
 

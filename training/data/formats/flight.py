@@ -71,7 +71,7 @@ def read(path: Path, choice: Choice) -> Source:
         values = {getattr(info, name): info.name for info in known}
         if len(values) > 1:
             got = ", ".join(f"{value[:32]} of {policy}" for value, policy in values.items())
-            raise Rejected(f"{path}, {name}", "one in all episodes", got, "choose: --policy NAME")
+            raise Rejected(f"{path}, {name}", "one in all episodes", got, "choose when you import it: --policy NAME")
     notes = {"recording": [file.name for file in files], "left_out": dict(left_out)}
     plain = about_from_json(known[0].contract, known[0].contract_digest, None, str(path))
     about = About(
@@ -171,7 +171,7 @@ def _choose(path: Path, found: _Found, choice: Choice) -> tuple[dict[str, _Chose
     if unlabelled:
         more = len(unlabelled) - SHOWN_IDS
         got = f"none for {len(unlabelled)} of {len(found.episodes)}: {', '.join(unlabelled[:SHOWN_IDS])}"
-        remedy = f"--labels FILE with a line {unlabelled[0]} = true or false for each, or --unlabelled skip or failure"
+        remedy = f"import it with --labels FILE, a line {unlabelled[0]} = true or false for each, or --unlabelled skip"
         raise Rejected(f"{path}, success", "a label", got + (f" and {more} more" if more > 0 else ""), remedy)
     if not chosen:
         got = ", ".join(f"{count} {what}" for what, count in left_out.items() if count) or "none"

@@ -4,8 +4,8 @@
 
 Each cell is a collection, a training and 100 closed-loop episodes through the server, for one seed. Its report is kept
 in docs/results with its row and the settings of its training, and a cell that has one of the row as it stands is not
-made again: the study can be stopped and continued, row by row, on another day. A cell takes one core, `--jobs` of them run at once; keep the cores free, because budgets are minutes, not
-updates.
+made again: the study can be stopped and continued, row by row, on another day. A cell takes one core, `--jobs` of them
+run at once; keep the cores free, because budgets are minutes, not updates.
 """
 
 import json

@@ -1,6 +1,7 @@
 """The agents' equations, on numbers worked out by hand and on gradients."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from tests.training.conftest import NETWORK, SMALL
 from tests.training.test_augment import batch_of
-from training.agents.agent import Diverged, Learner, polyak
+from training.agents.agent import Diverged, Learner
 from training.agents.bc import BC, BCConfig
 from training.agents.cql import CQL, CQLConfig
 from training.agents.iql import IQL, IQLConfig
@@ -101,6 +102,7 @@ def test_the_actor_weighs_each_sample_by_its_own_advantage(monkeypatch: pytest.M
                 "conservative": "critic",
                 "alpha": "log_alpha",
                 "multiplier": "log_weight",
+                "value": "value_head",
             },
         ),
     ],
@@ -115,14 +117,15 @@ def test_each_loss_trains_its_own_network_alone(agent: Any, config: Any, owners:
     assert {name.removeprefix("losses/") for name in made.losses(batch) if "losses/" in name} == set(owners)
 
 
-def test_the_target_critic_starts_equal_and_follows_slowly() -> None:
-    agent = make(IQL, IQLConfig(target_rate=0.25))
+@pytest.mark.parametrize(("kind", "config"), [(IQL, IQLConfig(target_rate=0.25)), (CQL, CQLConfig(target_rate=0.25))])
+def test_the_target_critic_starts_equal_and_follows_slowly(kind: Any, config: Any) -> None:
+    agent = make(kind, config)
     pairs = list(zip(agent.target_critic.parameters(), agent.critic.parameters(), strict=True))
     assert all(torch.equal(t, c) for t, c in pairs)
     with torch.no_grad():
         for _, c in pairs:
             c.add_(1.0)
-    polyak(agent.target_critic, agent.critic, 0.25)
+    agent.follow()
     assert all(torch.allclose(c - t, torch.tensor(0.75), atol=1e-5) for t, c in pairs)
 
 
@@ -187,6 +190,29 @@ def test_cql_s_losses_are_the_paper_s(equivariance: str, monkeypatch: pytest.Mon
         entropy = -(share * log_prob).sum(dim=0).mean().item()
     got = [losses[f"losses/{n}"].item() for n in ("critic", "conservative", "actor", "alpha")]
     assert got == pytest.approx([critic, gap, actor, alpha * (entropy + 5)], rel=1e-3)
+
+
+@pytest.mark.parametrize("equivariance", FAMILIES)
+def test_cql_clones_by_the_advantage_over_recorded_actions(equivariance: str) -> None:
+    config = CQLConfig(cloning_weight=2.0, cloning_temperature=0.1, cloning_expectile=0.7, cloning_warm_up=1)
+    agent, batch = make(CQL, config, equivariance), batch_of(SMALL)
+    found = []
+    for weight in (2.0, 0.0):
+        for updates in (0, 1):
+            torch.manual_seed(1)
+            agent.cfg = replace(config, cloning_weight=weight)
+            agent.updates.fill_(updates)
+            found.append(agent.losses(batch))
+    with torch.no_grad():
+        features = agent.critic.encode(batch.state)
+        q, v = agent.critic.score(features, batch.action).amin(dim=0), agent.value_head(features)[:, 0]
+        log_prob = agent.actor(batch.state).log_prob(batch.action)
+        weights = [min(math.exp(float(q[i] - v[i]) / 0.1), 100.0) for i in range(5)]
+        value = sum((0.7 if q[i] > v[i] else 0.3) * float(q[i] - v[i]) ** 2 for i in range(5)) / 5
+    equal, weighed, *without = (one["losses/actor"].item() for one in found)
+    assert equal - without[0] == pytest.approx(-2 * log_prob.mean().item(), rel=1e-4)
+    assert weighed - without[1] == pytest.approx(-2 * (torch.tensor(weights) * log_prob).mean().item(), rel=1e-4)
+    assert found[0]["losses/value"].item() == pytest.approx(value, rel=1e-4)
 
 
 def test_cql_looks_at_each_image_once_per_network(monkeypatch: pytest.MonkeyPatch) -> None:

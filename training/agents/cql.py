@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from protos.spaces import PolicySpec
 from training.agents.agent import Agent, frozen_copy_of, polyak
-from training.agents.losses import advantage_weight, conservative_gap
+from training.agents.losses import advantage_weight, conservative_gap, expectile_loss
 from training.batch import Batch, State
 from training.networks.distribution import SquashedGaussian, Uniform
 from training.networks.family import NetworkConfig
-from training.networks.roles import Critic, make_actor, make_critic
+from training.networks.roles import Critic, make_actor, make_critic, make_value_head
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,20 @@ class CQLConfig:
     """Of the advantage-weighted log-likelihood of recorded actions in the actor's loss. 0 is CQL as published: the
     actor learns from Q alone, which takes many more updates."""
     cloning_temperature: float = 0.5
-    """Advantages of recorded actions over the policy's greedy ones are divided by this before exp, as in IQL."""
+    """Advantages of recorded actions are divided by this before exp, as in IQL."""
+    cloning_expectile: float = 0.8
+    """They are over this expectile of Q of recorded actions, as in IQL. Over Q of the policy's own action, what it gets
+    wrong, and Q overrates because no data contradict it, would be corrected the less the more it is wrong."""
+    cloning_warm_up: int = 0
+    """For so many updates every recorded action weighs the same, as in IQL."""
     largest_weight: float = 100.0
     """Those weights are clipped here."""
     target_rate: float = 5e-3
     """How far the target critic moves towards the critic at each update."""
 
     def __post_init__(self) -> None:
+        if not 0.5 <= self.cloning_expectile < 1.0 or self.cloning_warm_up < 0:
+            raise ValueError(f"cql.cloning_expectile must lie in [0.5, 1), cloning_warm_up not below 0, got {self}")
         positive = ("softness", "proposals", "entropy_temperature", "cloning_temperature", "largest_weight")
         for name in positive:
             if not getattr(self, name) > 0:
@@ -73,6 +80,9 @@ class CQL(Agent):
         self.log_weight = nn.Parameter(torch.tensor(math.log(max(config.conservative_weight, 1e-6))))
         self.log_alpha.requires_grad_(config.entropy == "learned")
         self.log_weight.requires_grad_(config.gap is not None)
+        self.value_head = make_value_head(networks, spec, equivariant) if config.cloning_weight else None
+        self.updates: Tensor
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
         self._uniform = Uniform(spec.action)
         self._target_entropy = -float(spec.action.size) if config.target_entropy is None else config.target_entropy
 
@@ -91,23 +101,35 @@ class CQL(Agent):
         gap = conservative_gap(proposed, log_density, recorded, self.cfg.softness)  # [2], eq. 4
         with _frozen(self.critic):
             value, entropy = self._soft_value(self.critic, features.detach(), pi, alpha)  # [B]
-        with torch.no_grad():
-            advantage = (recorded - self.critic.score(features, pi.mode())).amin(dim=0)  # [B]
-            weight = advantage_weight(advantage, self.cfg.cloning_temperature, self.cfg.largest_weight)
-        cloning = -(weight * pi.log_prob(batch.action)).mean()
+        cloning, learned = self._cloning(pi, batch.action, features.detach(), recorded.detach().amin(dim=0))
         conservative, multiplier = self._weighed(gap)
-        return multiplier | {
-            "losses/critic": (recorded - backup).square().mean(dim=1).sum(),
-            "losses/conservative": conservative,
-            "losses/actor": self.cfg.cloning_weight * cloning - value.mean(),
-            "losses/alpha": self.log_alpha.exp() * (entropy.detach() - self._target_entropy).mean(),
-            "values/q": recorded.mean(),
-            "values/q_elsewhere": proposed.mean(),
-            "values/gap": gap.mean(),
-            "values/entropy": entropy.mean(),
-            "values/alpha": alpha,
-            "values/weight": weight.mean(),
-        }
+        return (
+            learned
+            | multiplier
+            | {
+                "losses/critic": (recorded - backup).square().mean(dim=1).sum(),
+                "losses/conservative": conservative,
+                "losses/actor": self.cfg.cloning_weight * cloning - value.mean(),
+                "losses/alpha": self.log_alpha.exp() * (entropy.detach() - self._target_entropy).mean(),
+                "values/q": recorded.mean(),
+                "values/q_elsewhere": proposed.mean(),
+                "values/gap": gap.mean(),
+                "values/entropy": entropy.mean(),
+                "values/alpha": alpha,
+            }
+        )
+
+    def _cloning(
+        self, pi: SquashedGaussian, action: Float[Tensor, "B A"], features: Float[Tensor, "B F"], q: Float[Tensor, " B"]
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """The weighted likelihood of recorded actions as in IQL, and the loss of the V that weighs them."""
+        if self.value_head is None:
+            return 0.0, {}
+        v = self.value_head(features)[..., 0].float()  # [B]
+        weight = advantage_weight(q - v.detach(), self.cfg.cloning_temperature, self.cfg.largest_weight)
+        weight = torch.where(self.updates < self.cfg.cloning_warm_up, torch.ones_like(weight), weight)
+        values = {"losses/value": expectile_loss(q - v, self.cfg.cloning_expectile), "values/v": v.mean()}
+        return -(weight * pi.log_prob(action)).mean(), values | {"values/weight": weight.mean()}
 
     def _soft_value(
         self, critic: Critic, features: Float[Tensor, "B F"], pi: SquashedGaussian, alpha: Tensor
@@ -138,6 +160,7 @@ class CQL(Agent):
 
     def follow(self) -> None:
         polyak(self.target_critic, self.critic, self.cfg.target_rate)
+        self.updates += 1
 
     @property
     def q_function(self) -> Critic:

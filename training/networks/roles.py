@@ -96,5 +96,10 @@ def make_critic(cfg: NetworkConfig, spec: PolicySpec, equivariant: frozenset[str
     return Critic(cfg.of_critics, spec, steerable="critic" in equivariant)
 
 
+def make_value_head(cfg: NetworkConfig, spec: PolicySpec, equivariant: frozenset[str]) -> nn.Module:
+    """V(s) on the features of a critic that was made alike: [B, F] -> [B, 1]."""
+    return family("critic" in equivariant).Head(cfg.of_critics, spec.observation, (), (Kind.SCALAR,))
+
+
 def make_value(cfg: NetworkConfig, spec: PolicySpec, equivariant: frozenset[str]) -> Value:
     return Value(cfg.of_critics, spec, steerable="value" in equivariant)

@@ -32,6 +32,10 @@ class Agent(nn.Module):
     def follow(self) -> None:
         """Move target networks; most agents have none."""
 
+    def faster(self) -> dict[nn.Parameter, float]:
+        """Parameters that learn at so many times the learning rate; most agents have none."""
+        return {}
+
     @property
     def q_function(self) -> Critic | None:
         """Q(s, a), if the algorithm learns one."""
@@ -56,8 +60,10 @@ class Learner:
         gradients are averaged."""
         self.agent, self._learning_rate, self._bf16, self._value_bound = agent, learning_rate, bf16, value_bound
         self._losses = agent if processes == 1 else DistributedDataParallel(agent, broadcast_buffers=False)
-        trained = [p for p in agent.parameters() if p.requires_grad]
-        self._optimiser = torch.optim.Adam(trained, lr=learning_rate)
+        faster = agent.faster()
+        groups = [{"params": [p for p in agent.parameters() if p.requires_grad and p not in faster], "times": 1.0}]
+        groups += [{"params": [parameter], "times": times} for parameter, times in faster.items()]
+        self._optimiser = torch.optim.Adam(groups, lr=learning_rate)
 
     def update(self, batch: Batch, rate: float = 1.0) -> dict[str, float]:
         """One step at `rate` times the learning rate; returns every loss and value by name.
@@ -65,7 +71,7 @@ class Learner:
         Raises Diverged when a loss is not finite or a value has exploded; no parameter has been touched then.
         """
         for group in self._optimiser.param_groups:
-            group["lr"] = self._learning_rate * rate
+            group["lr"] = self._learning_rate * rate * group["times"]
         device = batch.action.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self._bf16):
             named = self._losses(batch)

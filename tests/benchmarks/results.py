@@ -75,6 +75,14 @@ MARGINS = (
     ("noisy-cql", "the behaviour", 0.25),
 )
 """By how much one row is asked to be above another."""
+TRIED = """Tried before, and why the rows are as they are:
+
+- noisy rows with 8 minutes, seeds 0 and 1: IQL at the preset's temperature of 0.05 82 % and 0 %, BC 7 % (seed 0). The
+  behaviour hovers over the handle, up where it is not aligned and down where it is; an actor that cannot tell answers
+  with the mean of both, and stays there. Seed 1 at temperature 0.02: 25 %, and 75 % with 20 minutes; at 0.01: 14 %.
+- equivariant-cql when cloning was weighed by the advantage over the policy's own action, with a soft maximum at
+  temperature 1 (weight 0.01): 82 % and 47 %; plain-cql: 36 % and 23 %; noisy-cql with 8 minutes: 79 % and 56 %.
+"""
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,7 @@ def page(study: Study) -> str:
         + table(study)
         + "\n"
         + margins(study)
+        + f"\n{TRIED}"
         + (f"\nNot measured yet, or not with all seeds: {', '.join(missing)}.\n" if missing else "")
     )
 

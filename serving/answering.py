@@ -131,11 +131,12 @@ class Answering:
 
     def _unforeseen(self, method: str, call: Call) -> Rejected:
         """Log the exception that is being handled; the caller is told no more than where to find it."""
+        told = f"tell its operator: request {call.request_id}"
         if self._failures.allows():
             left_out = self._failures.left_out()
             more = f" ({left_out} more failures were not written)" if left_out else ""
             log.exception("%s: request %s failed%s", method, call.request_id, more)
-        told = f"the server's log has it under request {call.request_id}"
+            told = f"the server's log has it under request {call.request_id}"
         return Rejected("server", "no failure", "an internal error", told, Status.INTERNAL)
 
     def _call(self, context: grpc.ServicerContext) -> Call:

@@ -138,6 +138,11 @@ class Dispatcher:
             if not repeats:
                 self._require_room(name)
 
+    def part(self, name: str, most: int) -> int:
+        """How many observations, up to `most`, a client had better ask for in one turn: see Rhythm.part."""
+        with self._lock:
+            return self._rhythm.part(name, most, time.monotonic())
+
     def _require_room(self, name: str, size: int = 1) -> bool:
         """True where a call for `size` inferences may start, False where it may wait."""
         self._require_share(name, size)

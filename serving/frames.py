@@ -73,6 +73,8 @@ class FrameWatch:
         if invalid > rules.invalid_share:
             warnings.append((f"at most {rules.invalid_share:.0%} of pixels without depth", f"{invalid:.0%}"))
         if warnings and rules.strict:
+            if times >= rules.frozen_after > 0:
+                self.answered(Look(source, observation.depth, times, []))  # so that a minute later it is still frozen
             raise Rejected("observation.depth", *warnings[0], "check the camera", Status.FAILED_PRECONDITION)
         texts = [f"observation.depth: expected {expected}, got {got}" for expected, got in warnings]
         return Look(source, observation.depth, times, texts)

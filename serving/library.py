@@ -47,8 +47,8 @@ class Library:
 
     def __post_init__(self) -> None:
         self._named: dict[str, Path] = {}
-        self._withdrawn: set[tuple[str, str]] = set()
-        """(name, sha256) of what was unloaded on request: only a request brings it back, not a look at the files."""
+        self._withdrawn: dict[str, str] = {}
+        """SHA-256 of a name's file, where that was unloaded on request: a look at the files does not bring it back."""
         self._loading = threading.Lock()
 
     def open(self, default: str = "") -> None:
@@ -85,27 +85,29 @@ class Library:
             Rejected: NOT_FOUND for a name without a file; FAILED_PRECONDITION, with every reason, for a file that must
                 not serve. What was live before stays. UNAVAILABLE before `open`.
         """
+        self.registry.require_published()  # and not after a whole start, which holds the lock
         with self._loading:
-            self.registry.require_published()
             files = self._in_folder() | self._named
             if name not in files:
                 expected = f"one of: {', '.join(sorted(files))}"
                 raise Rejected("name", expected, shown(name), "a name, never a path", Status.NOT_FOUND)
             policy = self._renewed(name, files[name])
-            self._withdrawn.discard((name, policy.sha256))
+            self._withdrawn.pop(name, None)
         self.changed()
         return policy
 
     def unload(self, name: str, version: str = "") -> None:
         """Take a version (empty: all) out of use, until it is asked for by `load` or its file changes.
 
-        Raises what Registry.remove raises.
+        Raises what Registry.remove raises, and UNAVAILABLE before `open`.
         """
+        self.registry.require_published()
         with self._loading:
-            removed = self.registry.remove(name, version)
-            self._withdrawn |= {(policy.name, policy.sha256) for policy in removed}
-        for policy in removed:
-            self.metrics.forget_proofs(policy.name, policy.version)
+            files = self._in_folder() | self._named
+            for policy in self.registry.remove(name, version):
+                self.metrics.forget_proofs(policy.name, policy.version)
+                if name in files and policy.has_same_file(files[name]):
+                    self._withdrawn[name] = policy.sha256
         self.changed()
 
     def refresh(self) -> list[str]:
@@ -119,6 +121,7 @@ class Library:
             found = self._in_folder()
             for name, path in (found | self._named).items():
                 if self._is_withdrawn(name, path):
+                    said.append(f"{name} was unloaded and stays so until LoadPolicy, or another file")
                     continue
                 try:
                     before = {p.version for p in self.registry if p.name == name}
@@ -158,10 +161,15 @@ class Library:
         return policy
 
     def _is_withdrawn(self, name: str, path: Path) -> bool:
+        if name not in self._withdrawn:
+            return False
         try:
-            return (name, sha256_of(path.read_bytes())) in self._withdrawn
+            same = sha256_of(path.read_bytes()) == self._withdrawn[name]
         except OSError:  # it will be said when it is loaded
             return False
+        if not same:
+            del self._withdrawn[name]
+        return same
 
     def _in_folder(self) -> dict[str, Path]:
         files = sorted(self.folder.glob("*.onnx")) if self.folder else []

@@ -39,11 +39,12 @@ class _Item(NamedTuple):
     size: int
 
 
-def require_folder(folder: Path) -> None:
-    """Make it where it is missing. Raises StartupError when nothing can be written there."""
+def require_folder(folder: Path, *, make: bool = True) -> None:
+    """Make it where it is missing, or see whether it could be. Raises StartupError where nothing can be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        probe = next(place for place in (folder, *folder.absolute().parents) if place.exists()) / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -111,7 +111,6 @@ class Rhythm:
         """Its call wants so many besides the first: a batch at 4 Hz may ask for more than a robot at 20."""
         if name in self._clients:
             self._clients[name].asks.note(now, inferences)
-            self._asks.note(now, inferences)
 
     def refuses(self, now: float) -> None:
         """A call, for want of room."""
@@ -151,6 +150,13 @@ class Rhythm:
         if asked <= self._client_hz and fits:
             return False
         return mine.starts.at(now) >= self._client_hz or any(c.due(now, inferences * self.turn_s) for c in others)
+
+    def part(self, name: str, most: int, now: float) -> int:
+        """Up to `most` inferences of `name` in a row that fit, twice, between calls of clients that ask for less."""
+        soonest = min((c.period_s for c in self.rarer(name, now) if c.on_beat >= ON_BEAT), default=math.inf)
+        if not self.turn_s or math.isinf(soonest):
+            return most
+        return max(1, min(most, int((soonest - 2 * MARGIN_S) / (2 * self.turn_s))))
 
     def rarer(self, name: str, now: float) -> list[_Client]:
         """Active clients that ask much less often than `name`, and no more often than a controller."""

@@ -210,7 +210,7 @@ class _Workers(ThreadPoolExecutor):
 
 
 def check(config: Config) -> str:
-    """What would be served. Raises what a start would raise, a port that is taken apart."""
+    """What would be served. Raises what a start would raise, except for an address or a port that cannot be had."""
     require_address(config)
     library = Library(Registry(), Metrics(), config.policy, config.policies, config.intra_op_threads, config.bounds)
     library.open(config.default_policy)
@@ -218,7 +218,7 @@ def check(config: Config) -> str:
         Certificates(config.tls_cert, config.tls_key, config.tls_client_ca)
     Gate(config.tokens)
     if config.record:
-        require_folder(config.record)
+        require_folder(config.record, make=False)
     if config.trace:
         OpenTelemetry()
     served = ", ".join(f"{p.name} {p.version}" for p in library.registry)

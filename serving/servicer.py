@@ -94,8 +94,9 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
                 except Rejected as refused:
                     items[i].status.CopyFrom(_item_status(refused))
             for policy, group in tasks.items():
-                for start in range(0, len(group), BATCH):  # others get their turns in between
-                    self._act_together(policy, group[start : start + BATCH], items, call)
+                size = self._dispatcher.part(call.client, BATCH)  # others get their turns in between
+                for start in range(0, len(group), size):
+                    self._act_together(policy, group[start : start + size], items, call)
             return pb.GetActionBatchResponse(items=items)
 
     def _act_together(
@@ -109,6 +110,8 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         try:
             turn = self._dispatcher.act(policy, [task.observation for _, task in group], call.caller(math.inf))
         except Rejected as refused:
+            if refused.status is Status.DEADLINE_EXCEEDED:  # of the whole call: nobody waits for the other items
+                raise
             for i, _ in group:
                 items[i].status.CopyFrom(_item_status(refused))
             return

@@ -143,7 +143,12 @@ class Run:
             raise Rejected(
                 "dataset", f"sha256 {state['dataset_sha256']}", self.dataset.sha256, "resume with the same data"
             )
-        self.learner.load_state_dict(state["learner"])
+        try:
+            self.learner.load_state_dict(state["learner"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise Rejected(
+                str(path), "a checkpoint of this version's networks", str(error).splitlines()[0], "start a new run"
+            ) from error
         self.updates, self.seconds = state["updates"], state["seconds"]
 
 

@@ -216,6 +216,18 @@ def test_what_was_unloaded_comes_back_when_asked_for_alone(operated, folder):
     assert versions(running) == [good, bad]
 
 
+def test_a_file_that_is_put_back_goes_live(operated, folder):
+    """What was unloaded is what its file held, not every version that ever was."""
+    running, admin, token = operated
+    (first,) = versions(running)
+    tiny_policy_file(folder / "door.onnx", weight=1.5)
+    second = admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token).policy.version
+    admin.UnloadPolicy(pb.UnloadPolicyRequest(name="door", version=first), metadata=token)
+    tiny_policy_file(folder / "door.onnx", weight=1.0)
+    running.server.refresh()
+    assert versions(running) == [second, first]
+
+
 def test_metrics_speak_of_live_policies_alone(operated, folder):
     running, admin, token = operated
     metrics = running.server.metrics.registry
@@ -239,9 +251,10 @@ def test_metrics_speak_of_live_policies_alone(operated, folder):
 
 def test_nothing_is_loaded_into_a_server_that_starts(tmp_path, folder):
     library = Library(Registry(), Metrics(), (), folder, 1, Limits())
-    with pytest.raises(Rejected) as refused:
-        library.load("other")
-    assert refused.value.status is Status.UNAVAILABLE
+    for change in (library.load, library.unload):
+        with library._loading, pytest.raises(Rejected) as refused:  # as a start does, until all have proved themselves
+            change("other")
+        assert refused.value.status is Status.UNAVAILABLE
     assert not list(library.registry)
 
 

@@ -69,6 +69,18 @@ def test_others_get_their_turn_within_a_batch(serve, healthy, monkeypatch):
     assert [item.status.code for item in items] == [0] * 8 + [8] * 8 + [0] * 4
 
 
+def test_a_deadline_is_the_whole_calls(serve, healthy, monkeypatch):
+    running = serve(policy=(f"tiny={healthy}",))
+
+    def late(policy, observations, caller):
+        raise Rejected("deadline", "time left", "none", "allow more", Status.DEADLINE_EXCEEDED)
+
+    monkeypatch.setattr(running.server.dispatcher, "act", late)
+    request = pb.GetActionBatchRequest(requests=[acting(1)])
+    assert refusal(running.stub.GetActionBatch, request)[0] == "DEADLINE_EXCEEDED"
+    assert running.server.metrics.call_counts()["GetActionBatch", "DEADLINE_EXCEEDED"] == 1
+
+
 @pytest.mark.parametrize("count", [0, 257])
 def test_a_batch_has_a_size(running, count):
     requests = [pb.GetActionRequest()] * count

@@ -84,7 +84,7 @@ def test_an_episode_keeps_few_threads_waiting(serve, healthy):
     id_ = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
     episode = running.server.sessions.get(id_)
     with episode._turn:  # the call before takes long
-        calls = [running.stub.GetAction.future(acting(i, episode_id=id_, step=i), timeout=20) for i in range(40)]
+        calls = [running.stub.GetAction.future(acting(0, episode_id=id_), timeout=20) for _ in range(40)]
         until = time.monotonic() + 10
         while len(waiting := [call for call in calls if not call.done()]) > 1 + WAITING and time.monotonic() < until:
             time.sleep(0.01)

@@ -65,6 +65,20 @@ def test_a_frame_that_is_sent_again_after_a_refusal_is_not_repeated():
         watch.look("a", scene(0))
 
 
+def test_a_camera_stays_frozen_however_long_it_is_refused(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("serving.frames.time", SimpleNamespace(monotonic=lambda: now))
+    watch, refused = FrameWatch(FrameRules(frozen_after=2, strict=True)), 0
+    for step in range(10):
+        shown(watch, "other", scene(step))
+        try:
+            shown(watch, "a", scene(0))
+        except Rejected:
+            refused += 1
+        now += QUIET_S / 4
+    assert refused == 9
+
+
 def test_every_source_has_its_own_camera():
     watch, frame = FrameWatch(FrameRules(frozen_after=3)), scene(0)
     for turn in range(4):

@@ -68,6 +68,14 @@ def test_a_batch_asks_for_as_much_as_it_takes():
     assert len(rhythm.rarer("batches", 6.0)) == 1
 
 
+@pytest.mark.parametrize(("hz", "turn_s", "size"), [(50, 0.0025, 2), (20, 0.0025, 8), (20, 0.05, 1)])
+def test_a_part_of_a_batch_fits_between_a_robots_calls(hz, turn_s, size):
+    rhythm = together(("batches", 200), ("robot", hz))
+    rhythm.turn_s = turn_s
+    assert rhythm.part("batches", 8, 3.0) == size
+    assert rhythm.part("robot", 8, 3.0) == 8
+
+
 def test_robots_within_a_controllers_rate_never_yield():
     rhythm = together(("one", 20), ("two", 50), ("three", 10))
     for name in ("one", "two", "three"):

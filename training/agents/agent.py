@@ -71,7 +71,7 @@ class Learner:
         Raises Diverged when a loss is not finite or a value has exploded; no parameter has been touched then.
         """
         for group in self._optimiser.param_groups:
-            group["lr"] = self._learning_rate * rate * group["times"]
+            group["lr"] = self._learning_rate * rate * group.get("times", 1.0)  # older checkpoints have none
         device = batch.action.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self._bf16):
             named = self._losses(batch)

@@ -47,8 +47,8 @@ class CQLConfig:
     cloning_temperature: float = 0.5
     """Advantages of recorded actions are divided by this before exp, as in IQL."""
     cloning_expectile: float = 0.8
-    """They are over this expectile of Q of recorded actions, as in IQL. Over Q of the policy's own action, what it gets
-    wrong, and Q overrates because no data contradict it, would be corrected the less the more it is wrong."""
+    """They are over this expectile of Q of recorded actions, as in IQL. Not over Q of the policy's own action: where Q
+    overrates a wrong one, recorded actions would then weigh least just where they are needed most."""
     cloning_warm_up: int = 0
     """For so many updates every recorded action weighs the same, as in IQL."""
     largest_weight: float = 100.0

@@ -93,7 +93,7 @@ def test_a_second_try_gets_its_answer_though_there_is_no_room(serve, healthy, mo
     step = acting(1, episode_id=episode, step=1)
     first, runs = running.stub.GetAction(step), running.runs
 
-    def no_room(_name):
+    def no_room(*_call):
         raise Rejected("server", "room", "none", "later", Status.RESOURCE_EXHAUSTED)
 
     with monkeypatch.context() as full:

@@ -159,7 +159,7 @@ def test_episodes_without_a_label_are_refused_by_their_ids(tape: Tape, capsys: p
     tape.begin("c")
     tape.act("c", 0)
     assert main(["import", str(tape.folder), "--output", str(tape.folder / "set")]) == 2
-    assert "success: expected a label, got none for 2 of 3: b, c; --labels FILE" in capsys.readouterr().err
+    assert "success: expected a label, got none for 2 of 3: b, c; import it with --labels FILE" in capsys.readouterr().err
     assert not (tape.folder / "set").exists()
 
 
@@ -208,7 +208,7 @@ def test_policies_of_two_tasks_are_not_mixed(tape: Tape, capsys: pytest.CaptureF
     tape.episode("b", Outcome.OUTCOME_SUCCESS, 5, info=OTHER)
     arguments = ["import", str(tape.folder), "--output", str(tape.folder.parent / "set")]
     assert main(arguments) == 2
-    assert "choose: --policy NAME" in capsys.readouterr().err
+    assert "choose when you import it: --policy NAME" in capsys.readouterr().err
     assert main([*arguments, "--policy", "other"]) == 0
     assert lengths(tape) == [(5, True)]
 

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from protos.spaces import Observation
 
 REMEMBERED = 256
 """Sources whose last frame is kept (64 KiB each); the one that was silent longest is forgotten."""
+SAMPLED = 997
+"""Frames that differ mostly do so in some of every so many pixels; to compare all is to load them from memory."""
 QUIET_S = 60.0
 """And whoever was silent for so long: clients that come and go would otherwise leave 16 MiB of frames."""
 
@@ -28,19 +31,19 @@ class FrameRules:
     strict: bool = False
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """At one frame: how often it came in a row, this time included, and what to warn of."""
 
     source: str
     depth: NDArray[np.float32]
+    sample: bytes
     times: int
     warnings: list[str]
 
 
-@dataclass(frozen=True)
-class _Seen:
+class _Seen(NamedTuple):
     depth: NDArray[np.float32]
+    sample: bytes
     times: int
     since: float
 
@@ -64,8 +67,9 @@ class FrameWatch:
         """
         rules, warnings = self._rules, list[tuple[str, str]]()
         before = self._last.get(source)
-        repeated = before is not None and np.array_equal(before.depth, observation.depth)
-        times = before.times + 1 if before is not None and repeated else 1
+        sample = observation.depth.ravel()[::SAMPLED].tobytes()
+        repeated = before and before.sample == sample and np.array_equal(before.depth, observation.depth)
+        times = before.times + 1 if before and repeated else 1
         if 0 < rules.frozen_after <= times:
             warnings.append(("a camera that moves on", f"the same frame {times} times running"))
         depth = observation.depth
@@ -73,11 +77,11 @@ class FrameWatch:
         if invalid > rules.invalid_share:
             warnings.append((f"at most {rules.invalid_share:.0%} of pixels without depth", f"{invalid:.0%}"))
         if warnings and rules.strict:
-            if times >= rules.frozen_after > 0:
-                self.answered(Look(source, observation.depth, times, []))  # so that a minute later it is still frozen
+            if times >= rules.frozen_after > 0:  # remembered, so that a minute later it is still frozen
+                self.answered(Look(source, observation.depth, sample, times, []))
             raise Rejected("observation.depth", *warnings[0], "check the camera", Status.FAILED_PRECONDITION)
         texts = [f"observation.depth: expected {expected}, got {got}" for expected, got in warnings]
-        return Look(source, observation.depth, times, texts)
+        return Look(source, observation.depth, sample, times, texts)
 
     def answered(self, look: Look) -> None:
         """Remember a frame. A caller who was refused for want of room sends it again, and no camera is to blame."""
@@ -85,7 +89,7 @@ class FrameWatch:
         with self._lock:
             self._last.pop(look.source, None)
             self._forget(now)
-            self._last[look.source] = _Seen(look.depth, look.times, now)
+            self._last[look.source] = _Seen(look.depth, look.sample, look.times, now)
 
     def _forget(self, now: float) -> None:
         """Who was silent longest stands first."""

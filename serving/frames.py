@@ -41,20 +41,14 @@ class Look(NamedTuple):
     warnings: list[str]
 
 
-class _Seen(NamedTuple):
-    depth: NDArray[np.float32]
-    sample: bytes
-    times: int
-    since: float
-
-
 class FrameWatch:
     """Remembers the last frame of each source."""
 
     def __init__(self, rules: FrameRules) -> None:
         self._rules = rules
         self._lock = threading.Lock()
-        self._last: OrderedDict[str, _Seen] = OrderedDict()
+        self._last: OrderedDict[str, tuple[Look, float]] = OrderedDict()
+        """And when it was answered."""
 
     def look(self, source: str, observation: Observation) -> Look:
         """What to warn of; the frame is remembered once it is `answered`.
@@ -66,22 +60,22 @@ class FrameWatch:
             Rejected: FAILED_PRECONDITION instead, where the rules are strict.
         """
         rules, warnings = self._rules, list[tuple[str, str]]()
-        before = self._last.get(source)
-        sample = observation.depth.ravel()[::SAMPLED].tobytes()
-        repeated = before and before.sample == sample and np.array_equal(before.depth, observation.depth)
-        times = before.times + 1 if before and repeated else 1
+        depth, (before, _) = observation.depth, self._last.get(source, (None, 0.0))
+        sample = depth.ravel()[::SAMPLED].tobytes()
+        repeats = before is not None and before.sample == sample and np.array_equal(before.depth, depth)
+        times = before.times + 1 if before is not None and repeats else 1
         if 0 < rules.frozen_after <= times:
             warnings.append(("a camera that moves on", f"the same frame {times} times running"))
-        depth = observation.depth
         invalid = 0.0 if depth.min() > 0 else 1 - np.count_nonzero(depth) / depth.size
         if invalid > rules.invalid_share:
             warnings.append((f"at most {rules.invalid_share:.0%} of pixels without depth", f"{invalid:.0%}"))
+        texts = [f"observation.depth: expected {expected}, got {got}" for expected, got in warnings]
+        look = Look(source, depth, sample, times, texts)
         if warnings and rules.strict:
             if times >= rules.frozen_after > 0:  # remembered, so that a minute later it is still frozen
-                self.answered(Look(source, observation.depth, sample, times, []))
+                self.answered(look)
             raise Rejected("observation.depth", *warnings[0], "check the camera", Status.FAILED_PRECONDITION)
-        texts = [f"observation.depth: expected {expected}, got {got}" for expected, got in warnings]
-        return Look(source, observation.depth, sample, times, texts)
+        return look
 
     def answered(self, look: Look) -> None:
         """Remember a frame. A caller who was refused for want of room sends it again, and no camera is to blame."""
@@ -89,12 +83,12 @@ class FrameWatch:
         with self._lock:
             self._last.pop(look.source, None)
             self._forget(now)
-            self._last[look.source] = _Seen(look.depth, look.sample, look.times, now)
+            self._last[look.source] = look, now
 
     def _forget(self, now: float) -> None:
         """Who was silent longest stands first."""
         while self._last:
-            since = next(iter(self._last.values())).since
+            _, since = next(iter(self._last.values()))
             if len(self._last) < REMEMBERED and now - since < QUIET_S:
                 break
             self._last.popitem(last=False)

@@ -17,7 +17,6 @@ from serving.errors import StartupError
 # 0.1 ms to 10 s: a small policy answers in one millisecond, a paper-size one on a loaded machine in a hundred.
 BUCKETS_S = (*(base * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for base in (1, 2, 5)), 10.0)
 PHASES = ("decode", "queue", "inference", "safety", "encode")
-PROOF_LABELS = ("policy", "version", "proof", "what")
 RECENT = 4096
 """Calls that GetStats' quantiles speak of."""
 
@@ -59,7 +58,7 @@ class Metrics:
         self._proofs = Gauge(
             "equiserve_proof_error",
             "What a live policy's proof measured at load; beside it the bound.",
-            PROOF_LABELS,
+            ["policy", "version", "proof", "what"],
             registry=self.registry,
         )
 
@@ -90,9 +89,7 @@ class Metrics:
 
     def forget_proofs(self, policy: str, version: str) -> None:
         """It is live no longer."""
-        for sample in [s for family in self._proofs.collect() for s in family.samples]:
-            if (sample.labels["policy"], sample.labels["version"]) == (policy, version):
-                self._proofs.remove(*(sample.labels[name] for name in PROOF_LABELS))
+        self._proofs.remove_by_labels({"policy": policy, "version": version})
 
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A gauge that is read when it is asked for."""

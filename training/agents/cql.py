@@ -107,21 +107,19 @@ class CQL(Agent):
             value, entropy = self._soft_value(self.critic, features.detach(), pi, alpha)  # [B]
         cloning, learned = self._cloning(pi, batch.action, features.detach(), recorded.detach().amin(dim=0))
         conservative, multiplier = self._weighed(gap)
-        return (
-            learned
-            | multiplier
-            | {
-                "losses/critic": (recorded - backup).square().mean(dim=1).sum(),
-                "losses/conservative": conservative,
-                "losses/actor": self.cfg.cloning_weight * cloning - value.mean(),
-                "losses/alpha": self.log_alpha.exp() * (entropy.detach() - self._target_entropy).mean(),
-                "values/q": recorded.mean(),
-                "values/q_elsewhere": proposed.mean(),
-                "values/gap": gap.mean(),
-                "values/entropy": entropy.mean(),
-                "values/alpha": alpha,
-            }
-        )
+        return {
+            **learned,
+            **multiplier,
+            "losses/critic": (recorded - backup).square().mean(dim=1).sum(),
+            "losses/conservative": conservative,
+            "losses/actor": self.cfg.cloning_weight * cloning - value.mean(),
+            "losses/alpha": self.log_alpha.exp() * (entropy.detach() - self._target_entropy).mean(),
+            "values/q": recorded.mean(),
+            "values/q_elsewhere": proposed.mean(),
+            "values/gap": gap.mean(),
+            "values/entropy": entropy.mean(),
+            "values/alpha": alpha,
+        }
 
     def _cloning(
         self, pi: SquashedGaussian, action: Float[Tensor, "B A"], features: Float[Tensor, "B F"], q: Float[Tensor, " B"]
@@ -130,8 +128,8 @@ class CQL(Agent):
         if self.value_head is None:
             return 0.0, {}
         v = self.value_head(features)[..., 0].float()  # [B]
-        weight = advantage_weight(q - v.detach(), self.cfg.cloning_temperature, self.cfg.largest_weight)
-        weight = torch.where(self.updates < self.cfg.cloning_warm_up, torch.ones_like(weight), weight)
+        warm = self.updates >= self.cfg.cloning_warm_up
+        weight = advantage_weight(q - v.detach(), self.cfg.cloning_temperature, self.cfg.largest_weight, warm=warm)
         values = {"losses/value": expectile_loss(q - v, self.cfg.cloning_expectile), "values/v": v.mean()}
         return -(weight * pi.log_prob(action)).mean(), values | {"values/weight": weight.mean()}
 

@@ -57,8 +57,8 @@ class IQL(Agent):
             q = self.target_critic(batch.state, batch.action).amin(dim=0)  # [B]
             backup = batch.reward + batch.discount * self.value(batch.next_state)  # [B]
         v = self.value(batch.state)
-        weight = advantage_weight(q - v.detach(), self.cfg.temperature, self.cfg.largest_weight)
-        weight = torch.where(self.updates < self.cfg.warm_up, torch.ones_like(weight), weight)
+        warm = self.updates >= self.cfg.warm_up
+        weight = advantage_weight(q - v.detach(), self.cfg.temperature, self.cfg.largest_weight, warm=warm)
         return {
             "losses/value": expectile_loss(q - v, self.cfg.expectile),  # eq. 5
             "losses/critic": (self.critic(batch.state, batch.action) - backup).square().mean(dim=1).sum(),  # eq. 6

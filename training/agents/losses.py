@@ -13,9 +13,12 @@ def expectile_loss(difference: Float[Tensor, " B"], expectile: float) -> Float[T
     return (weight * difference.square()).mean()
 
 
-def advantage_weight(advantage: Float[Tensor, " B"], temperature: float, largest: float) -> Float[Tensor, " B"]:
-    """exp(A / beta), clipped so that no single sample owns the batch (IQL, eq. 7)."""
-    return (advantage / temperature).exp().clamp(max=largest)
+def advantage_weight(
+    advantage: Float[Tensor, " B"], temperature: float, largest: float, *, warm: Tensor | None = None
+) -> Float[Tensor, " B"]:
+    """exp(A / beta), clipped so that no single sample owns the batch (IQL, eq. 7); 1 for all until `warm` is true."""
+    weight = (advantage / temperature).exp().clamp(max=largest)
+    return weight if warm is None else torch.where(warm, weight, torch.ones_like(weight))
 
 
 def log_mean_exp(

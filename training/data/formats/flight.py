@@ -171,7 +171,8 @@ def _choose(path: Path, found: _Found, choice: Choice) -> tuple[dict[str, _Chose
     if unlabelled:
         more = len(unlabelled) - SHOWN_IDS
         got = f"none for {len(unlabelled)} of {len(found.episodes)}: {', '.join(unlabelled[:SHOWN_IDS])}"
-        remedy = f"import it with --labels FILE, a line {unlabelled[0]} = true or false for each, or --unlabelled skip"
+        labels = f"--labels FILE with a line {unlabelled[0]} = true or false for each"
+        remedy = f"import it with {labels}, or --unlabelled skip or failure"
         raise Rejected(f"{path}, success", "a label", got + (f" and {more} more" if more > 0 else ""), remedy)
     if not chosen:
         got = ", ".join(f"{count} {what}" for what, count in left_out.items() if count) or "none"

@@ -44,6 +44,13 @@ def versions(running, name="door"):
     return [p.version for p in running.server.registry if p.name == name]
 
 
+def take_up(operated, folder, weight):
+    """Another door.onnx goes live; its version."""
+    _, admin, token = operated
+    tiny_policy_file(folder / "door.onnx", weight=weight)
+    return admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token).policy.version
+
+
 def test_a_folder_is_served_by_the_names_of_its_files(operated):
     running, _, token = operated
     entries = running.stub.ListPolicies(pb.ListPoliciesRequest(), metadata=token).policies
@@ -64,20 +71,16 @@ def test_a_new_file_goes_live_when_it_is_asked_for(operated, folder):
 
 
 def test_the_oldest_version_leaves(operated, folder):
-    running, admin, token = operated
-    seen = versions(running)
-    for weight in (1.5, 1.6, 1.7):
-        tiny_policy_file(folder / "door.onnx", weight=weight)
-        seen.append(admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token).policy.version)
+    running, _, _ = operated
+    seen = versions(running) + [take_up(operated, folder, weight) for weight in (1.5, 1.6, 1.7)]
     assert versions(running) == seen[-2:]
 
 
 def test_a_version_can_come_back(operated, folder):
-    running, admin, token = operated
+    running, _, token = operated
     (first,) = versions(running)
     for weight in (1.5, 1.0):
-        tiny_policy_file(folder / "door.onnx", weight=weight)
-        admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token)
+        take_up(operated, folder, weight)
     assert running.stub.GetAction(acting(), metadata=token).version == first
 
 
@@ -203,8 +206,7 @@ def test_what_was_unloaded_comes_back_when_asked_for_alone(operated, folder):
     """Or a token that is revoked by SIGHUP would bring back a version that was found to be bad."""
     running, admin, token = operated
     (good,) = versions(running)
-    tiny_policy_file(folder / "door.onnx", weight=1.5)
-    bad = admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token).policy.version
+    bad = take_up(operated, folder, 1.5)
     admin.UnloadPolicy(pb.UnloadPolicyRequest(name="door", version=bad), metadata=token)
     admin.UnloadPolicy(pb.UnloadPolicyRequest(name="other"), metadata=token)
     running.server.refresh()
@@ -220,8 +222,7 @@ def test_a_file_that_is_put_back_goes_live(operated, folder):
     """What was unloaded is what its file held, not every version that ever was."""
     running, admin, token = operated
     (first,) = versions(running)
-    tiny_policy_file(folder / "door.onnx", weight=1.5)
-    second = admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token).policy.version
+    second = take_up(operated, folder, 1.5)
     admin.UnloadPolicy(pb.UnloadPolicyRequest(name="door", version=first), metadata=token)
     tiny_policy_file(folder / "door.onnx", weight=1.0)
     running.server.refresh()
@@ -243,8 +244,7 @@ def test_metrics_speak_of_live_policies_alone(operated, folder):
     refusal(admin.LoadPolicy, pb.LoadPolicyRequest(name="door"), metadata=token)
     assert (loads("live"), loads("refused")) == (2, 1)
     for weight in (1.5, 1.6, 1.7):
-        tiny_policy_file(folder / "door.onnx", weight=weight)
-        admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token)
+        take_up(operated, folder, weight)
     admin.UnloadPolicy(pb.UnloadPolicyRequest(name="other"), metadata=token)
     assert proved() == {(p.name, p.version) for p in running.server.registry}
 

@@ -2,7 +2,6 @@
 
 import random
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -15,6 +14,7 @@ from protos.spaces import ACTION, SPEC
 from serving.sessions import WAITING
 from tests.makers import small_spec, tiny_policy_file
 from tests.serving.requests import acting, refusal
+from tests.serving.test_dispatcher import until
 
 
 @pytest.fixture
@@ -85,9 +85,8 @@ def test_an_episode_keeps_few_threads_waiting(serve, healthy):
     episode = running.server.sessions.get(id_)
     with episode._turn:  # the call before takes long
         calls = [running.stub.GetAction.future(acting(0, episode_id=id_), timeout=20) for _ in range(40)]
-        until = time.monotonic() + 10
-        while len(waiting := [call for call in calls if not call.done()]) > 1 + WAITING and time.monotonic() < until:
-            time.sleep(0.01)
+        until(lambda: sum(not call.done() for call in calls) <= 1 + WAITING)
+        waiting = [call for call in calls if not call.done()]
         assert {call.code() for call in calls if call.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
     assert [call.result().policy for call in waiting] == [running.policy.name] * (1 + WAITING)
 

@@ -159,7 +159,8 @@ def test_episodes_without_a_label_are_refused_by_their_ids(tape: Tape, capsys: p
     tape.begin("c")
     tape.act("c", 0)
     assert main(["import", str(tape.folder), "--output", str(tape.folder / "set")]) == 2
-    assert "success: expected a label, got none for 2 of 3: b, c; import it with --labels" in capsys.readouterr().err
+    told = "success: expected a label, got none for 2 of 3: b, c; import it with --labels FILE"
+    assert told in capsys.readouterr().err
     assert not (tape.folder / "set").exists()
 
 

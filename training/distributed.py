@@ -37,6 +37,16 @@ class Processes:
         distributed.broadcast(shared, src=0)
         return float(shared)
 
+    def meet(self) -> None:
+        """Wait until every process is here; call it after the last update, before any of them may end.
+
+        gloo's threads outlive destroy_process_group, and let go of a collective's tensors only some time after it is
+        done. A process that ends in that time aborts ("terminate called without an active exception"), and torchrun
+        then stops the leader in the middle of its export. A barrier has no tensors.
+        """
+        if self.count > 1:
+            distributed.barrier()
+
 
 def join(device: str) -> tuple[Processes, torch.device]:
     """Meet the other processes that torchrun started, if any, and take a device.

@@ -133,6 +133,7 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
             if leads and run.seconds - saved >= run.config.checkpoint_s:
                 run.save()
                 saved = run.seconds
+        run.processes.meet()
         if evaluations and not stop.is_set():
             bar.set_postfix_str("waiting for the last evaluations")
             _log_success(evaluations.wait(), log)

@@ -59,7 +59,7 @@ class Learner:
         """`value_bound`: values further from zero than this have exploded. `processes`: of torch.distributed, whose
         gradients are averaged."""
         self.agent, self._learning_rate, self._bf16, self._value_bound = agent, learning_rate, bf16, value_bound
-        self._losses = agent if processes == 1 else DistributedDataParallel(agent, broadcast_buffers=False)
+        self._losses = agent if processes == 1 else DistributedDataParallel(agent, forward_sync_buffers=False)
         faster = agent.faster()
         groups = [{"params": [p for p in agent.parameters() if p.requires_grad and p not in faster], "times": 1.0}]
         groups += [{"params": [parameter], "times": times} for parameter, times in faster.items()]

@@ -6,6 +6,7 @@ sending a request to having its answer.
 
 import asyncio
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -124,22 +125,24 @@ class Client:
 
     def run(self, start: float) -> None:
         """Send from `start` (time.perf_counter) for the bench's time, one call after another, as a controller does."""
-        bench, beats = self._bench, 0
-        while (now := time.perf_counter()) < start + bench.seconds:
-            due = start + beats / bench.rate if bench.rate else now
-            if now < due:
-                time.sleep(due - now)
-                continue
-            if bench.rate and now >= due + 1 / bench.rate:
+        rate = self._bench.rate
+        for beat, due in self._beats(start):
+            time.sleep(max(0.0, due - time.perf_counter()))
+            if rate and time.perf_counter() >= due + 1 / rate:
                 self.tally.skipped += 1  # the answer before came too late for this beat
             else:
-                self._ask(self._requests[beats % PICTURES])
-            beats += 1
-        self._skip_from(beats)
+                self._ask(self._requests[beat % PICTURES])
 
-    def _skip_from(self, beats: int) -> None:
-        """Beats that were due, and for which there was no time left after the last answer."""
-        self.tally.skipped += max(0, math.ceil(self._bench.seconds * self._bench.rate) - beats)
+    def _beats(self, start: float) -> Iterator[tuple[int, float]]:
+        """Each beat of the bench's time and when it is due; those that no time is left for are skipped."""
+        bench = self._bench
+        for beat in itertools.count():
+            now = time.perf_counter()
+            due = start + beat / bench.rate if bench.rate else now
+            if max(now, due) >= start + bench.seconds:
+                self.tally.skipped += max(0, math.ceil(bench.seconds * bench.rate) - beat)
+                return
+            yield beat, due
 
     def _ask(self, request: pb.GetActionRequest) -> None:
         sent = time.perf_counter()
@@ -151,24 +154,18 @@ class Client:
 
     async def run_open(self, channel: Any, start: float) -> None:
         """The same with many calls under way, on one thread: their callbacks' threads would be in each other's way."""
-        bench, beats, stub = self._bench, 0, pb_grpc.PolicyServiceStub(channel)
-        free = asyncio.Semaphore(bench.outstanding)
+        stub, free = pb_grpc.PolicyServiceStub(channel), asyncio.Semaphore(self._bench.outstanding)
         under_way: set[asyncio.Task[None]] = set()
-        while (now := time.perf_counter()) < start + bench.seconds:
-            due = start + beats / bench.rate if bench.rate else now
+        for beat, due in self._beats(start):
             # Also where it is due: answers that have come are taken before a beat is skipped for want of them.
-            await asyncio.sleep(max(0.0, due - now))
-            if now < due:
-                continue
-            if bench.rate and free.locked():
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            if self._bench.rate and free.locked():
                 self.tally.skipped += 1
             else:
                 await free.acquire()
-                task = asyncio.create_task(self._ask_beside(stub, self._requests[beats % PICTURES], free))
+                task = asyncio.create_task(self._ask_beside(stub, self._requests[beat % PICTURES], free))
                 under_way.add(task)
                 task.add_done_callback(under_way.discard)
-            beats += 1
-        self._skip_from(beats)
         await asyncio.gather(*under_way)
 
     async def _ask_beside(self, stub: Any, request: pb.GetActionRequest, free: asyncio.Semaphore) -> None:
@@ -191,7 +188,7 @@ def load(bench: Bench) -> tuple[list[Tally], float]:
     took = _closed_loop(bench, clients) if bench.outstanding == 1 else asyncio.run(_open_loop(bench, clients))
     for client in clients:
         client.close()
-    return [client.tally for client in clients], took
+    return [client.tally for client in clients], max(took, bench.seconds)  # the last beat's period belongs to it
 
 
 def _starts(bench: Bench) -> list[float]:

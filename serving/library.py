@@ -17,7 +17,7 @@ from protos.spaces import Observation
 from serving.envelope import Envelope, Limits
 from serving.errors import PolicyRefused, StartupError
 from serving.metrics import Metrics
-from serving.policy import Policy, load, sha256_of
+from serving.policy import Policy, has_sha256, load
 from serving.proofs import prove
 from serving.registry import Registry
 
@@ -105,8 +105,7 @@ class Library:
         with self._loading:
             files = self._in_folder() | self._named
             for policy in self.registry.remove(name, version):
-                self.metrics.forget_proofs(policy.name, policy.version)
-                if name in files and policy.has_same_file(files[name]):
+                if name in files and has_sha256(files[name], policy.sha256):
                     self._withdrawn[name] = policy.sha256
         self.changed()
 
@@ -120,20 +119,20 @@ class Library:
         with self._loading:
             found = self._in_folder()
             for name, path in (found | self._named).items():
-                if self._is_withdrawn(name, path):
+                if name in self._withdrawn and has_sha256(path, self._withdrawn[name]):
                     said.append(f"{name} was unloaded and stays so until LoadPolicy, or another file")
                     continue
                 try:
                     before = {p.version for p in self.registry if p.name == name}
                     policy = self._renewed(name, path)
+                    self._withdrawn.pop(name, None)
                     if policy.version not in before:
                         said.append(f"{name} {policy.version} is live")
                 except Rejected as reason:
                     said.append(str(reason))
             for name in {p.name for p in self.registry} - set(found) - set(self._named):
                 try:
-                    for policy in self.registry.remove(name):
-                        self.metrics.forget_proofs(policy.name, policy.version)
+                    self.registry.remove(name)
                     said.append(f"{name} is unloaded")
                 except Rejected as reason:
                     said.append(f"{name} has no file any more and stays: {reason}")
@@ -145,11 +144,10 @@ class Library:
     def _renewed(self, name: str, path: Path) -> Policy:
         try:
             live = [p for p in self.registry if p.name == name]
-            if live and live[-1].has_same_file(path):
+            if live and has_sha256(path, live[-1].sha256):
                 return live[-1]
             policy = self._proved(path, name)
-            for older in self.registry.add(policy):
-                self.metrics.forget_proofs(older.name, older.version)
+            self.registry.add(policy)
         except (PolicyRefused, Rejected) as refused:
             self.metrics.loaded("refused")
             log.error("policy %s: %s", name, refused)
@@ -159,17 +157,6 @@ class Library:
             raise Rejected("name", "a policy that proves itself", got, remedy, Status.FAILED_PRECONDITION) from refused
         self._say_live(policy)
         return policy
-
-    def _is_withdrawn(self, name: str, path: Path) -> bool:
-        if name not in self._withdrawn:
-            return False
-        try:
-            same = sha256_of(path.read_bytes()) == self._withdrawn[name]
-        except OSError:  # it will be said when it is loaded
-            return False
-        if not same:
-            del self._withdrawn[name]
-        return same
 
     def _in_folder(self) -> dict[str, Path]:
         files = sorted(self.folder.glob("*.onnx")) if self.folder else []
@@ -187,7 +174,6 @@ class Library:
         log.info("policy %s %s: %s", policy.name, policy.version, policy.file)
         for proof in policy.proofs:
             log.info("  proof %s: %.3g, bound %.3g (%s)", proof.name, proof.measured, proof.bound, proof.detail)
-            self.metrics.proved(policy.name, policy.version, proof.name, proof.measured, proof.bound)
         log.info("  warm: %.2f ms an action", policy.inference_ms)
         self.metrics.loaded("live")
 

@@ -5,14 +5,16 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from serving.errors import StartupError
+from serving.policy import Policy
 
 # 0.1 ms to 10 s: a small policy answers in one millisecond, a paper-size one on a loaded machine in a hundred.
 BUCKETS_S = (*(base * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for base in (1, 2, 5)), 10.0)
@@ -55,12 +57,6 @@ class Metrics:
         self._holds = self._counter("holds", "Answers that were to stay, because the policy's was no action.", "policy")
         self._warnings = self._counter("frame_warnings", "Frames that were suspicious.")
         self._reloads = self._counter("policy_loads", "Policies that were to be loaded, by result.", "result")
-        self._proofs = Gauge(
-            "equiserve_proof_error",
-            "What a live policy's proof measured at load; beside it the bound.",
-            ["policy", "version", "proof", "what"],
-            registry=self.registry,
-        )
 
     def record(self, method: str, code: str, seconds: float, phases: Phases) -> None:
         """One call, once its status is known."""
@@ -83,17 +79,13 @@ class Metrics:
         """`result`: "live" or "refused"."""
         self._reloads.labels(result).inc()
 
-    def proved(self, policy: str, version: str, proof: str, measured: float, bound: float) -> None:
-        self._proofs.labels(policy, version, proof, "measured").set(measured)
-        self._proofs.labels(policy, version, proof, "bound").set(bound)
-
-    def forget_proofs(self, policy: str, version: str) -> None:
-        """It is live no longer."""
-        self._proofs.remove_by_labels({"policy": policy, "version": version})
-
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A gauge that is read when it is asked for."""
         Gauge(f"equiserve_{name}", text, registry=self.registry).set_function(read)
+
+    def watch_proofs(self, live: Iterable[Policy]) -> None:
+        """What those policies measured when they were loaded that are in `live` when it is asked for."""
+        self.registry.register(_Proofs(live))
 
     @property
     def uptime_s(self) -> float:
@@ -129,6 +121,21 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"equiserve_{name}", text, labels, registry=self.registry)
+
+
+@dataclass(frozen=True)
+class _Proofs(Collector):
+    live: Iterable[Policy]
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        text = "What a live policy's proof measured at load; beside it the bound."
+        family = GaugeMetricFamily("equiserve_proof_error", text, labels=["policy", "version", "proof", "what"])
+        for policy in self.live:
+            for proof in policy.proofs:
+                of = [policy.name, policy.version, proof.name]
+                family.add_metric([*of, "measured"], proof.measured)
+                family.add_metric([*of, "bound"], proof.bound)
+        yield family
 
 
 class _Histogram:

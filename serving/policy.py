@@ -84,13 +84,6 @@ class Policy:
     def has_value(self) -> bool:
         return any(output.name == VALUE_OUTPUT for output in self.session.get_outputs())
 
-    def has_same_file(self, path: Path) -> bool:
-        """Whether the file there is, byte for byte, the one that this came from."""
-        try:
-            return sha256_of(path.read_bytes()) == self.sha256
-        except OSError:
-            return False
-
     def info(self) -> pb.PolicyInfo:
         """What it is, where it came from and what it has proved."""
         m = self.manifest
@@ -181,6 +174,14 @@ def load(path: Path, name: str = "", *, intra_op_threads: int = 1) -> Policy:
 def sha256_of(content: bytes) -> str:
     """In hex: a file's identity, whose first digits are its version."""
     return hashlib.sha256(content).hexdigest()
+
+
+def has_sha256(path: Path, sha256: str) -> bool:
+    """Whether the file there is, byte for byte, the one of that SHA-256. One that cannot be read is not."""
+    try:
+        return sha256_of(path.read_bytes()) == sha256
+    except OSError:
+        return False
 
 
 def _open(content: bytes, intra_op_threads: int) -> ort.InferenceSession:

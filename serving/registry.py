@@ -35,8 +35,8 @@ class Registry:
         if not self._live.policies:
             raise Rejected("server", "loaded policies", "none yet", "wait and try again", Status.UNAVAILABLE)
 
-    def add(self, policy: Policy) -> list[Policy]:
-        """Go live with one more. It is the newest of its name; the oldest beyond KEPT_VERSIONS leave, and are returned.
+    def add(self, policy: Policy) -> None:
+        """Go live with one more. It is the newest of its name; the oldest beyond KEPT_VERSIONS leave.
 
         Raises:
             Rejected: FAILED_PRECONDITION when the name stands for another contract: controllers rely on it.
@@ -49,7 +49,6 @@ class Registry:
             kept = same[-(KEPT_VERSIONS - 1) :] if KEPT_VERSIONS > 1 else []
             others = [p for p in live.policies if p.name != policy.name or p in kept]
             self._live = _Live((*others, policy), live.default or policy.name)
-            return [p for p in same if p not in kept]
 
     def remove(self, name: str, version: str = "") -> list[Policy]:
         """Take a version (empty: all of them) from those that new calls and episodes can ask for, and return it.

@@ -181,6 +181,7 @@ class Server:
 
     def _watch(self) -> None:
         watch = self.metrics.watch
+        self.metrics.watch_proofs(self.registry)
         watch("running", "Inferences under way.", lambda: self.dispatcher.running)
         watch("waiting", "Calls that wait for the model.", lambda: self.dispatcher.waiting)
         watch("expired_total", "Calls that left the line unanswered.", lambda: self.dispatcher.expired)

@@ -5,7 +5,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+HEALTH = "/grpc.health.v1.Health/Check"
+"""Every gRPC server's, of which no request is part of ours. An empty message asks for the server as a whole."""
 Outcome = pb.EndEpisodeRequest
 
 
@@ -143,6 +145,7 @@ class PolicyClient:
         else:
             self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._stub = pb_grpc.PolicyServiceStub(self._channel)
+        self._check = self._channel.unary_unary(HEALTH)
         self._connected: tuple[pb.PolicyInfo, PolicySpec] | None = None
 
     def __enter__(self) -> "PolicyClient":
@@ -164,7 +167,7 @@ class PolicyClient:
                 retry = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
                 if not retry or time.monotonic() + POLL_S >= deadline:
                     raise
-            time.sleep(POLL_S)
+            self._pause(POLL_S)
 
     def policy(self) -> pb.PolicyInfo:
         """What acts: contract, provenance and the proofs it passed, as of the first call."""
@@ -259,6 +262,17 @@ class PolicyClient:
             self._connected = info, served
         return self._connected
 
+    def _pause(self, seconds: float) -> None:
+        """Sleep, and be connected where that is possible meanwhile.
+
+        gRPC sees that a connection was made, or refused, while a call waits for it, and else every 5 s only: a server
+        that is back would be found 10 to 20 s later. What the call is answered is of no interest.
+        """
+        until = time.monotonic() + seconds
+        with suppress(grpc.RpcError):
+            self._check(b"", timeout=seconds, wait_for_ready=True)
+        time.sleep(max(0.0, until - time.monotonic()))
+
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
         """One call, tried again on UNAVAILABLE only: any other status would be the same again, or may have acted."""
         deadline = time.monotonic() + self._timeout_s
@@ -270,5 +284,5 @@ class PolicyClient:
                 wait = next(waits, math.inf) * random.uniform(0.5, 1.0)  # not all robots at once
                 if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() + wait >= deadline:
                     raise PolicyError(error.code(), error.details() or "") from None
-            time.sleep(wait)
+            self._pause(wait)
             metadata = (*self._metadata, (RETRY, "1"))

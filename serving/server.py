@@ -40,6 +40,7 @@ from serving.registry import Registry
 from serving.security import Certificates, Doorman, Gate
 from serving.servicer import PolicyServicer
 from serving.sessions import Sessions
+from serving.signals import STOPS, listen
 from serving.tracing import OpenTelemetry, Tracer
 
 log = logging.getLogger(__name__)
@@ -231,14 +232,7 @@ def serve(config: Config) -> None:
     share_heaps()
     with Server(config) as server:
         refresh = threading.Event()
-
-        def stop(signum: int, _frame: object) -> None:
-            signal.signal(signum, signal.SIG_DFL)  # a second signal does not wait
-            server.stopping.set()
-
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, stop)
-        signal.signal(signal.SIGHUP, lambda *_: refresh.set())
+        listen(dict.fromkeys(STOPS, server.stopping.set) | {signal.SIGHUP: refresh.set})
         server.load()
         gc.collect()
         gc.freeze()  # what a start leaves stays: to look through it again would stop every call for 26 to 52 ms

@@ -3,6 +3,7 @@
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import grpc
@@ -16,6 +17,7 @@ from protos.spaces import ACTION, OBSERVATION, PolicySpec, Pose
 from serving.client import PolicyClient, PolicyError
 from serving.flight import files_of, read
 from tests.makers import UNHURRIED_MS, scene, small_spec
+from tests.serving.conftest import address_of
 
 CODES = [code for code in grpc.StatusCode if code not in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)]
 
@@ -161,16 +163,46 @@ def test_waiting_for_nobody_ends():
         client.wait_ready(0.3)
 
 
-def test_waiting_ends_when_the_server_is_ready(launch, healthy):
-    """The client starts before the server has a socket."""
+@pytest.fixture
+def free_address():
+    """Where nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"localhost:{free.getsockname()[1]}"
-    process = launch("--policy", healthy, "--listen", address)
-    with PolicyClient(address) as client:
-        assert client.wait_ready(20).name == "tiny"
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def test_waiting_ends_when_the_server_is_ready(launch, healthy, free_address):
+    """The client starts before the server has a socket."""
+    with PolicyClient(free_address) as client, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lambda: (client.wait_ready(60), time.monotonic()))
+        time.sleep(0.5)
+        process = launch("--policy", healthy, "--listen", free_address)
+        address_of(process)
+        began = time.monotonic()
+        info, found = waiting.result()
+        assert info.name == "tiny"
+        assert found - began < 4  # the longest wait between attempts is 1 s
         client.act(scene(0))
     process.terminate()
     assert process.wait(10) == 0
+
+
+def test_a_server_that_is_back_is_found_again(launch, healthy, free_address):
+    """By a controller that goes on asking, as one does."""
+    with PolicyClient(free_address) as client:
+        for _ in range(2):
+            process = launch("--policy", healthy, "--listen", free_address)
+            address_of(process)
+            began, answer = time.monotonic(), None
+            while answer is None:
+                with suppress(PolicyError):
+                    answer = client.act(scene(0))
+                time.sleep(0.05)
+            assert time.monotonic() - began < 4
+            process.kill()
+            process.wait()
+            for _ in range(10):
+                with pytest.raises(PolicyError, match="UNAVAILABLE"):
+                    client.act(scene(0))
 
 
 def test_waiting_does_not_hide_another_error(running):

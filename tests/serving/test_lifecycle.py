@@ -73,6 +73,43 @@ def test_a_signal_drains(launch, tmp_path, signum):
     assert "Traceback" not in errors
 
 
+LISTENER = """
+import signal, sys, threading, time
+from serving.signals import STOPS, listen
+stop, refresh = threading.Event(), threading.Event()
+listen(dict.fromkeys(STOPS, stop.set) | {signal.SIGHUP: refresh.set})
+print("listening", flush=True)
+if sys.argv[1] == "elsewhere":
+    given = threading.Thread(target=refresh.wait, daemon=True)
+    given.start()
+    for signum in (signal.SIGHUP, signal.SIGTERM):
+        threading.Timer(0.5, lambda signum=signum: signal.pthread_kill(given.ident, signum)).start()
+        (stop if signum == signal.SIGTERM else refresh).wait()
+    sys.exit(7)
+stop.wait()
+print("stopping", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_signal_is_heard_whichever_thread_is_given_it():
+    """The main thread waits, and is not woken."""
+    done = subprocess.run([sys.executable, "-c", LISTENER, "elsewhere"], cwd=REPOSITORY, timeout=20, check=False)
+    assert done.returncode == 7
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_second_signal_does_not_wait(signum):
+    command = [sys.executable, "-c", LISTENER, "twice"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "listening\n"
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signum)
+        assert process.stdout.readline() == "stopping\n"
+        process.send_signal(signum)
+        assert process.wait(10) == -signum
+
+
 def finished(process):
     """(exit status, stdout, stderr) of a server that should give up by itself."""
     out, err = process.communicate(timeout=20)

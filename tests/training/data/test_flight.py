@@ -98,7 +98,7 @@ def test_what_robots_did_is_what_training_loads(tmp_path: Path, capsys: pytest.C
     """Four robots at the same time, files that end in the middle of episodes, tight limits, and steps tried again."""
     recording, output = tmp_path / "flight", tmp_path / "set"
     policy = tiny_policy_file(tmp_path / "p.onnx", breaks=["wild"], golden_from="broken")
-    running = start(policy=(f"tiny={policy}",), listen="localhost:0", record=recording, queue=8)
+    running = start(policy=(f"tiny={policy}",), listen="localhost:0", record=recording, queue=8, max_wait_ms=10_000)
     assert running.server.recorder is not None
     running.server.recorder._file_bytes = 30_000
     outcomes = [Outcome.OUTCOME_SUCCESS, Outcome.OUTCOME_FAILURE, Outcome.OUTCOME_SUCCESS, Outcome.OUTCOME_ABORTED]

@@ -1,0 +1,43 @@
+"""Signals, heard by a thread that does nothing else.
+
+Python runs a signal's handler in the main thread, between two of its steps. A main thread that waits hears nothing of a
+signal that another thread was given, or that came just before it fell asleep: one server in a hundred would not stop.
+And where a handler does run, it may be in the middle of what holds the lock that it wants.
+"""
+
+import signal
+import socket
+import threading
+from collections.abc import Callable, Mapping
+
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+def listen(actions: Mapping[signal.Signals, Callable[[], None]]) -> None:
+    """From now on, call an action in a thread of its own whenever its signal comes. To be called by the main thread.
+
+    The second SIGTERM, or SIGINT, ends the process at once.
+    """
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)  # written by C, whichever thread is given the signal
+    for signum in actions:
+        signal.signal(signum, _next_time_at_once if signum in STOPS else _leave_it_to_the_thread)
+    threading.Thread(target=_obey, args=(heard, told, actions), name="signals", daemon=True).start()
+
+
+def _obey(heard: socket.socket, told: socket.socket, actions: Mapping[signal.Signals, Callable[[], None]]) -> None:
+    with heard, told:
+        while True:
+            numbers = heard.recv(64)
+            for signum, action in actions.items():
+                if signum in numbers:
+                    action()
+
+
+def _next_time_at_once(signum: int, _frame: object) -> None:
+    signal.signal(signum, signal.SIG_DFL)
+
+
+def _leave_it_to_the_thread(_signum: int, _frame: object) -> None:
+    """A signal without any handler would not be told of."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from protos.errors import Rejected
 from protos.files import write_atomically
@@ -24,6 +26,8 @@ from training.networks.family import EQUIVARIANCE
 
 AGENTS: dict[str, Any] = {"bc": BC, "iql": IQL, "cql": CQL}
 WARM_UP_UPDATES = 20
+LOOKS, LOOKED_AT = 8, 16_000
+"""In how many augmented views an action's advantage is taken, and in how many all actions' together, at most."""
 CHECKPOINT, DIAGNOSIS = "checkpoint.pt", "diverged.json"
 EXPLODED = 10.0
 """Values this many times beyond the largest return that the data's rewards allow are no estimates any more."""
@@ -64,6 +68,8 @@ class Run:
             processes=self.processes.count,
         )
         self.updates, self.seconds = 0, 0.0
+        self.weights: Float[Tensor, " T"] | None = None
+        """By which transitions are drawn since values rest: see `training.agents.agent.Agent.values_first`."""
 
     @property
     def progress(self) -> float:
@@ -76,9 +82,11 @@ class Run:
         """Sample, augment, update. Raises Diverged, with a diagnosis written beside the checkpoint."""
         start = time.perf_counter()
         self._seed()
-        index = self.dataset.draw(self._batch_size, self._generator)
+        if self.weights is None and 0 < self.learner.agent.values_first <= self.progress:
+            self._draw_by(self._weigh())
+        index = self.dataset.draw(self._batch_size, self._generator, self.weights)
         batch = self._augmented(self.dataset.batch(index))
-        rate = 0.5 * (1 + math.cos(math.pi * self.progress)) if self.config.schedule == "cosine" else 1.0
+        rate = 0.5 * (1 + math.cos(math.pi * self._part_done)) if self.config.schedule == "cosine" else 1.0
         try:
             scalars = self.learner.update(batch, rate * min(1.0, (self.updates + 1) / WARM_UP_UPDATES))
         except Diverged as error:
@@ -89,8 +97,31 @@ class Run:
         self.seconds = self.processes.from_leader(self.seconds + took, self.device)
         return scalars | {"time/update_ms": 1e3 * took}
 
-    def _seed(self) -> None:
-        entropy = (self.config.seed, self.updates, self.processes.rank)
+    @property
+    def _part_done(self) -> float:
+        """Share of the part of the run that is under way: with values, or after they rest."""
+        first = self.learner.agent.values_first
+        if self.weights is None:
+            return min(1.0, self.progress / first) if first else self.progress
+        return max(0.0, self.progress - first) / (1 - first)
+
+    @torch.no_grad()
+    def _weigh(self) -> Float[Tensor, " T"]:
+        """What each recorded action is worth, by the mean of its advantages in a few augmented views."""
+        self._seed(rank=0)  # all processes draw by the same weights
+        agent, count = self.learner.agent, len(self.dataset)
+        looks = max(1, min(LOOKS, LOOKED_AT // count))
+        index = torch.arange(count, device=self.device).repeat(looks)
+        seen = (self._augmented(self.dataset.batch(part)) for part in index.split(self._batch_size))
+        advantage = torch.cat([agent.advantage(part.state, part.action).float() for part in seen])
+        self._seed()
+        return agent.weight(advantage.view(looks, count).mean(dim=0)).cpu()
+
+    def _draw_by(self, weights: Float[Tensor, " T"]) -> None:
+        self.weights, self.learner.agent.values_rest = weights, True
+
+    def _seed(self, rank: int | None = None) -> None:
+        entropy = (self.config.seed, self.updates, self.processes.rank if rank is None else rank)
         ours, torchs = np.random.SeedSequence(entropy).generate_state(2, np.uint64)
         self._generator.manual_seed(int(ours))
         torch.manual_seed(int(torchs))
@@ -102,7 +133,7 @@ class Run:
         shift_m = self.config.shift_m if how == "se2" else 0.0
         return randomly(batch, self.dataset.spec, self._generator, reflections=how == "o2", shift_m=shift_m)
 
-    def _explain(self, error: Diverged, index: torch.Tensor, batch: Batch) -> None:
+    def _explain(self, error: Diverged, index: Tensor, batch: Batch) -> None:
         """Add to `error`, and write to a file, what a person needs to find the cause."""
         where = self.dataset.where(index)
         tensors = {"depth": batch.state.depth, "action": batch.action, "reward": batch.reward}
@@ -125,7 +156,8 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
-        self.write(CHECKPOINT, {"learner": self.learner.state_dict(), "dataset_sha256": self.dataset.sha256})
+        state = {"learner": self.learner.state_dict(), "dataset_sha256": self.dataset.sha256, "weights": self.weights}
+        self.write(CHECKPOINT, state)
 
     def write(self, name: str, state: dict[str, Any]) -> None:
         """`state` and how far the run has come, to a file of the run's directory."""
@@ -150,6 +182,8 @@ class Run:
                 str(path), "a checkpoint of this version's networks", str(error).splitlines()[0], "start a new run"
             ) from error
         self.updates, self.seconds = state["updates"], state["seconds"]
+        if state["weights"] is not None:
+            self._draw_by(state["weights"])
 
 
 def _bf16(precision: str, device: torch.device) -> bool:

@@ -126,7 +126,8 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
                 _show(bar, run, scalars)
             bar.n = round(100 * run.progress, 1)
             bar.refresh()
-            if evaluations and (run.updates % run.config.eval_every == 0 or done):  # type: ignore[operator]
+            due = evaluations is not None and (run.updates % run.config.eval_every == 0 or done)  # type: ignore[operator]
+            if evaluations and due and run.learner.agent.actor_learns:
                 evaluations.take()
             if evaluations and run.updates % LOG_EVERY == 0:
                 _log_success(evaluations.poll(), log)

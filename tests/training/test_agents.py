@@ -80,6 +80,33 @@ def test_while_iql_warms_up_every_action_weighs_the_same():
         agent.follow()
 
 
+@pytest.mark.parametrize(("agent", "config"), [(IQL, IQLConfig()), (CQL, CQLConfig(cloning_weight=2.0))])
+def test_where_weights_have_drawn_the_batch_the_actor_does_not_weigh_again(agent: Any, config: Any) -> None:
+    made, batch = make(agent, replace(config, values_first=0.5)), batch_of(SMALL)
+    made.values_rest = True
+    torch.manual_seed(1)
+    losses = made.losses(batch)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        pi = made.actor(batch.state)
+        expected = -pi.log_prob(batch.action).mean().item()
+        if agent is CQL:
+            action, log_prob, share = pi.with_every_command(*pi.sample(1))
+            soft = made.critic(batch.state, action).amin(dim=0) - 0.01 * log_prob
+            expected = 2 * expected - (share * soft).sum(dim=0).mean().item()
+    assert losses["losses/actor"].item() == pytest.approx(expected, rel=1e-4)
+    losses["losses/actor"].backward()
+    assert {n.split(".")[0] for n, p in made.named_parameters() if p.grad is not None} == {"actor"}
+
+
+@pytest.mark.parametrize(("agent", "config"), [(IQL, IQLConfig()), (CQL, CQLConfig(cloning_weight=1.0))])
+def test_weights_for_drawing_are_those_of_the_actor_s_loss(agent: Any, config: Any) -> None:
+    made, batch = make(agent, config), batch_of(SMALL)
+    with torch.no_grad():
+        weight = made.weight(made.advantage(batch.state, batch.action))
+        assert weight.mean().item() == pytest.approx(made.losses(batch)["values/weight"].item(), rel=1e-5)
+
+
 def test_the_actor_weighs_each_sample_by_its_own_advantage(monkeypatch: pytest.MonkeyPatch) -> None:
     agent, batch = make(IQL, IQLConfig()), batch_of(SMALL)
     monkeypatch.setattr(agent.target_critic, "forward", lambda s, a: torch.tensor([[2.0, -1.0, 0.0, 0.0, 0.0]] * 2))
@@ -306,14 +333,23 @@ def test_a_value_beyond_all_reason_stops_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"proposals": 0}, {"softness": 0.0}, {"target_rate": 2.0}, {"cloning_weight": -1.0}, {"largest_weight": 0}]
+    "bad",
+    [
+        {"proposals": 0},
+        {"softness": 0.0},
+        {"target_rate": 2.0},
+        {"cloning_weight": -1.0},
+        {"largest_weight": 0},
+        {"values_first": 1.0, "cloning_weight": 1.0},
+        {"values_first": 0.5},
+    ],
 )
 def test_cql_s_knobs_outside_their_range_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must"):
         CQLConfig(**bad)
 
 
-@pytest.mark.parametrize("bad", [{"expectile": 0.3}, {"expectile": 1.0}, {"temperature": 0.0}])
+@pytest.mark.parametrize("bad", [{"expectile": 0.3}, {"expectile": 1.0}, {"temperature": 0.0}, {"values_first": 1.0}])
 def test_knobs_outside_their_range_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):
         IQLConfig(**bad)

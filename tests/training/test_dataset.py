@@ -28,6 +28,16 @@ def test_transitions_are_those_that_minari_stores(reach: Dataset, reach_path: Pa
     assert batch.discount.tolist() == pytest.approx([0.99, 0.0, 0.99])
 
 
+def test_transitions_are_drawn_alike_or_by_weight(reach: Dataset) -> None:
+    generator, weights = torch.Generator().manual_seed(0), torch.zeros(len(reach))
+    weights[3], weights[7] = 3.0, 1.0
+    counts = torch.bincount(reach.draw(4000, generator, weights), minlength=len(reach)) / 4000
+    assert set(counts.nonzero()[:, 0].tolist()) == {3, 7}
+    assert counts[3].item() == pytest.approx(0.75, abs=0.03)
+    counts = torch.bincount(reach.draw(4000, generator), minlength=len(reach)) / 4000
+    torch.testing.assert_close(counts, torch.full_like(counts, 1 / len(reach)), rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize("n_step", [1, 3, 10])
 def test_rewards_are_summed_over_n_steps_as_far_as_the_episode_goes(n_step: int, tmp_path: Path) -> None:
     def edit(index: int, episode: dict[str, Any]) -> None:

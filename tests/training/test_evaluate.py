@@ -14,6 +14,7 @@ from training.config import parse
 from training.evaluate import Evaluate, evaluate
 from training.evaluations import Evaluations, Result, best
 from training.loop import Run
+from training.run import train
 
 TINY = ("--network.fields", "2", "2", "2", "2", "2", "--network.hidden", "2", "--network.pool", "2")
 
@@ -52,6 +53,24 @@ def test_success_is_measured_logged_and_kept_with_the_best_weights(drawer: Path,
     assert manifest.updates == manifest.evaluation["update"] == chosen.update
     assert manifest.evaluation["episodes"] == 2
     assert torch.load(run / "best.pt", weights_only=True)["updates"] == chosen.update
+
+
+def test_an_actor_that_has_learned_nothing_yet_is_not_evaluated(drawer: Path, tmp_path: Path) -> None:
+    flags = (
+        "--algo",
+        "iql",
+        "--iql.values-first",
+        "0.6",
+        "--updates",
+        "9",
+        "--eval-every",
+        "3",
+        "--eval-episodes",
+        "1",
+    )
+    train(parse(arguments(drawer, tmp_path / "run", *flags)))
+    results = [json.loads(p.read_text()) for p in sorted((tmp_path / "run" / "evaluations").iterdir())]
+    assert [r["update"] for r in results] == [9]
 
 
 def test_a_snapshot_is_evaluated_by_hand_to_the_same_result(drawer: Path, tmp_path: Path) -> None:

@@ -34,12 +34,15 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("algo", ["bc", "iql", "cql"])
+@pytest.mark.parametrize(
+    "flags",
+    ["bc", "iql", "cql", "iql --iql.values-first 0.3", "iql --iql.values-first 0.7", "cql --cql.values-first 0.3"],
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does_bit_for_bit(
-    algo: str, precision: str, reach_path: Path, tmp_path: Path
+    flags: str, precision: str, reach_path: Path, tmp_path: Path
 ) -> None:
-    options = ("--algo", algo, "--updates", "12", "--precision", precision)
+    options = ("--algo", *flags.split(), "--updates", "12", "--precision", precision)
     train(parse(arguments(reach_path, tmp_path / "whole", *options)))
     config = parse(arguments(reach_path, tmp_path / "halves", *options))
     _record(config)

@@ -20,6 +20,8 @@ class Agent(nn.Module):
     """
 
     actor: Actor
+    values_rest: bool = False
+    """Whether only the actor still learns, from recorded actions drawn in proportion to the `weight` they have."""
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Scalar losses by name ("losses/actor") to minimise, and other scalars ("values/q") to log."""
@@ -35,6 +37,24 @@ class Agent(nn.Module):
     def faster(self) -> dict[nn.Parameter, float]:
         """Parameters that learn at so many times the learning rate; most agents have none."""
         return {}
+
+    @property
+    def values_first(self) -> float:
+        """The share of a run after which values rest; 0, as for most agents: they never do."""
+        return 0.0
+
+    @property
+    def actor_learns(self) -> bool:
+        """False while only values do."""
+        return True
+
+    def advantage(self, state: State, action: Float[Tensor, "B A"]) -> Float[Tensor, " B"]:
+        """How much better than others a recorded action is. Agents with `values_first` know it."""
+        raise NotImplementedError
+
+    def weight(self, advantage: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """How much an action of such an advantage is worth imitating."""
+        raise NotImplementedError
 
     @property
     def q_function(self) -> Critic | None:
@@ -59,7 +79,10 @@ class Learner:
         """`value_bound`: values further from zero than this have exploded. `processes`: of torch.distributed, whose
         gradients are averaged."""
         self.agent, self._learning_rate, self._bf16, self._value_bound = agent, learning_rate, bf16, value_bound
-        self._losses = agent if processes == 1 else DistributedDataParallel(agent, forward_sync_buffers=False)
+        self._losses: nn.Module = agent
+        if processes > 1:  # where values learn first, each part of a run leaves some parameters out
+            unused = agent.values_first > 0
+            self._losses = DistributedDataParallel(agent, forward_sync_buffers=False, find_unused_parameters=unused)
         faster = agent.faster()
         groups = [{"params": [p for p in agent.parameters() if p.requires_grad and p not in faster], "times": 1.0}]
         groups += [{"params": [parameter], "times": times} for parameter, times in faster.items()]
@@ -83,7 +106,8 @@ class Learner:
         total = torch.stack([value for name, value in named.items() if name.startswith("losses/")]).sum()
         total.backward()
         self._optimiser.step()
-        self.agent.follow()
+        if not self.agent.values_rest:
+            self.agent.follow()
         return scalars
 
     def _require_sane(self, scalars: dict[str, float]) -> None:

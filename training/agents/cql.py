@@ -53,6 +53,9 @@ class CQLConfig:
     """For so many updates every recorded action weighs the same, as in IQL."""
     largest_weight: float = 100.0
     """Those weights are clipped here."""
+    values_first: float = 0.0
+    """After this share of the budget critics rest, and the actor learns alone, from recorded actions drawn in
+    proportion to their weights instead of weighted. For data of mixed quality. 0: all to the end."""
     target_rate: float = 5e-3
     """How far the target critic moves towards the critic at each update."""
 
@@ -65,6 +68,10 @@ class CQLConfig:
                 raise ValueError(f"cql.{name} must be positive, got {getattr(self, name)}")
         if self.conservative_weight < 0 or self.cloning_weight < 0:
             raise ValueError(f"cql.conservative_weight and cql.cloning_weight must not be negative, got {self}")
+        if not 0 <= self.values_first < 1 or (self.values_first and not self.cloning_weight):
+            raise ValueError(
+                f"cql.values_first must be a share of the budget, in [0, 1), and needs cql.cloning_weight, got {self}"
+            )
         if not 0 < self.target_rate <= 1:
             raise ValueError(f"cql.target_rate must lie in (0, 1], got {self.target_rate}; the paper uses 0.005")
 
@@ -91,6 +98,8 @@ class CQL(Agent):
         self._target_entropy = -float(spec.action.size) if config.target_entropy is None else config.target_entropy
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
+        if self.values_rest:
+            return self._actor_alone(batch)
         features = self.critic.encode(batch.state)  # [B, F], once, for every action below
         pi = self.actor(batch.state)
         with torch.no_grad():
@@ -103,8 +112,7 @@ class CQL(Agent):
         recorded = self.critic.score(features, batch.action)  # [2, B]
         proposed = self.critic.score(features, action)  # [2, N, B]
         gap = conservative_gap(proposed, log_density, recorded, self.cfg.softness)  # [2], eq. 4
-        with _frozen(self.critic):
-            value, entropy = self._soft_value(self.critic, features.detach(), pi, alpha)  # [B]
+        value, entropy = self._climbed(pi, features.detach())  # [B]
         cloning, learned = self._cloning(pi, batch.action, features.detach(), recorded.detach().amin(dim=0))
         conservative, multiplier = self._weighed(gap)
         return {
@@ -132,6 +140,22 @@ class CQL(Agent):
         weight = advantage_weight(q - v.detach(), self.cfg.cloning_temperature, self.cfg.largest_weight, warm=warm)
         values = {"losses/value": expectile_loss(q - v, self.cfg.cloning_expectile), "values/v": v.mean()}
         return -(weight * pi.log_prob(action)).mean(), values | {"values/weight": weight.mean()}
+
+    def _actor_alone(self, batch: Batch) -> dict[str, Tensor]:
+        """The actor's loss on a batch that was drawn by the weights."""
+        pi = self.actor(batch.state)
+        with torch.no_grad():
+            features = self.critic.encode(batch.state)
+        value, entropy = self._climbed(pi, features)
+        likelihood = pi.log_prob(batch.action).mean()
+        return {"losses/actor": -self.cfg.cloning_weight * likelihood - value.mean(), "values/entropy": entropy.mean()}
+
+    def _climbed(
+        self, pi: SquashedGaussian, features: Float[Tensor, "B F"]
+    ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """`_soft_value` for the actor to raise: Q's own weights rest."""
+        with _frozen(self.critic):
+            return self._soft_value(self.critic, features, pi, self.log_alpha.detach().exp())
 
     def _soft_value(
         self, critic: Critic, features: Float[Tensor, "B F"], pi: SquashedGaussian, alpha: Tensor
@@ -166,6 +190,19 @@ class CQL(Agent):
 
     def faster(self) -> dict[nn.Parameter, float]:
         return {} if self.cfg.gap is None else {self.log_weight: self.cfg.gap_rate}
+
+    @property
+    def values_first(self) -> float:
+        return self.cfg.values_first
+
+    def advantage(self, state: State, action: Float[Tensor, "B A"]) -> Float[Tensor, " B"]:
+        assert self.value_head is not None
+        features = self.critic.encode(state)
+        v = self.value_head(features)[..., 0].float()
+        return self.critic.score(features, action).amin(dim=0) - v
+
+    def weight(self, advantage: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        return advantage_weight(advantage, self.cfg.cloning_temperature, self.cfg.largest_weight)
 
     @property
     def q_function(self) -> Critic:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from protos.spaces import PolicySpec
@@ -26,6 +27,10 @@ class IQLConfig:
     """Advantage weights are clipped here."""
     target_rate: float = 5e-3
     """How far the target critic moves towards the critic at each update."""
+    values_first: float = 0.0
+    """For this share of the budget, learn values alone; then they rest, and the actor learns alone, from actions drawn
+    in proportion to their weights instead of weighted. For data of mixed quality: one pass over what is worth
+    imitating, instead of a step now and then that is a hundred times the others. 0: all at once."""
     warm_up: int = 0
     """For so many updates every action weighs the same. Advantages of values not yet learned are noise, which a small
     temperature makes large, and an actor does not recover from it in a few thousand updates."""
@@ -33,6 +38,8 @@ class IQLConfig:
     def __post_init__(self) -> None:
         if not 0.5 <= self.expectile < 1.0:
             raise ValueError(f"expectile must lie in [0.5, 1), got {self.expectile}; the paper uses 0.8")
+        if not 0 <= self.values_first < 1:
+            raise ValueError(f"values_first must be a share of the budget, in [0, 1), got {self.values_first}")
         if self.temperature <= 0 or self.largest_weight <= 0 or not 0 < self.target_rate <= 1 or self.warm_up < 0:
             raise ValueError(f"temperature, largest_weight and target_rate must be positive, got {self}")
 
@@ -53,24 +60,43 @@ class IQL(Agent):
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
+        if self.values_rest:  # the batch was drawn by the weights of eq. 7
+            return {"losses/actor": -self.actor(batch.state).log_prob(batch.action).mean()}
         with torch.no_grad():
             q = self.target_critic(batch.state, batch.action).amin(dim=0)  # [B]
             backup = batch.reward + batch.discount * self.value(batch.next_state)  # [B]
         v = self.value(batch.state)
         warm = self.updates >= self.cfg.warm_up
         weight = advantage_weight(q - v.detach(), self.cfg.temperature, self.cfg.largest_weight, warm=warm)
-        return {
+        values = {
             "losses/value": expectile_loss(q - v, self.cfg.expectile),  # eq. 5
             "losses/critic": (self.critic(batch.state, batch.action) - backup).square().mean(dim=1).sum(),  # eq. 6
-            "losses/actor": -(weight * self.actor(batch.state).log_prob(batch.action)).mean(),  # eq. 7
             "values/q": q.mean(),
             "values/v": v.mean(),
             "values/weight": weight.mean(),
         }
+        if not self.actor_learns:
+            return values
+        likelihood = self.actor(batch.state).log_prob(batch.action)
+        return values | {"losses/actor": -(weight * likelihood).mean()}  # eq. 7
 
     def follow(self) -> None:
         polyak(self.target_critic, self.critic, self.cfg.target_rate)
         self.updates += 1
+
+    @property
+    def values_first(self) -> float:
+        return self.cfg.values_first
+
+    @property
+    def actor_learns(self) -> bool:
+        return self.values_rest or not self.cfg.values_first
+
+    def advantage(self, state: State, action: Float[Tensor, "B A"]) -> Float[Tensor, " B"]:
+        return self.target_critic(state, action).amin(dim=0) - self.value(state)
+
+    def weight(self, advantage: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        return advantage_weight(advantage, self.cfg.temperature, self.cfg.largest_weight)
 
     @property
     def q_function(self) -> Critic:

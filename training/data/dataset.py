@@ -55,9 +55,14 @@ class Dataset:
             next_state=State(self.depth[then], self.gripper[then]),
         )
 
-    def draw(self, size: int, generator: torch.Generator) -> Int[Tensor, " B"]:
-        """Indices of `size` transitions, uniform with replacement."""
-        index = torch.randint(len(self), (size,), generator=generator, device=generator.device)
+    def draw(
+        self, size: int, generator: torch.Generator, weights: Float[Tensor, " T"] | None = None
+    ) -> Int[Tensor, " B"]:
+        """Indices of `size` transitions with replacement: uniform, or in proportion to `weights`."""
+        if weights is None:
+            index = torch.randint(len(self), (size,), generator=generator, device=generator.device)
+        else:
+            index = torch.multinomial(weights.to(generator.device), size, replacement=True, generator=generator)
         return index.to(self.action.device)
 
     def sample(self, size: int, generator: torch.Generator) -> Batch:

@@ -1,6 +1,8 @@
 """What all agents share: an optimiser, target networks that follow, checkpoints. Nothing mathematical."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -139,6 +141,16 @@ def frozen_copy_of(network: nn.Module, like: nn.Module) -> nn.Module:
     """Give `network` the weights of `like` and freeze it. Targets are made by the same maker, never by deepcopy."""
     network.load_state_dict(like.state_dict())
     return network.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """What is computed inside passes gradients through `network` to its inputs, not into its parameters."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
 
 
 @torch.no_grad()

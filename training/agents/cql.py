@@ -1,8 +1,6 @@
 """Conservative Q-learning (Kumar et al., 2020, arXiv 2006.04779) over soft actor-critic (Haarnoja et al., 2018)."""
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -11,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from protos.spaces import PolicySpec
-from training.agents.agent import Agent, frozen_copy_of, polyak
+from training.agents.agent import Agent, frozen, frozen_copy_of, polyak
 from training.agents.losses import advantage_weight, conservative_gap, expectile_loss
 from training.batch import Batch, State
 from training.networks.distribution import SquashedGaussian, Uniform
@@ -47,15 +45,14 @@ class CQLConfig:
     cloning_temperature: float = 0.5
     """Advantages of recorded actions are divided by this before exp, as in IQL."""
     cloning_expectile: float = 0.8
-    """They are over this expectile of Q of recorded actions, as in IQL. Not over Q of the policy's own action: where Q
-    overrates a wrong one, recorded actions would then weigh least just where they are needed most."""
+    """They are over this expectile of recorded actions' Q, as in IQL. Over Q of the policy's own action, those would
+    weigh least just where Q overrates a wrong one."""
     cloning_warm_up: int = 0
     """For so many updates every recorded action weighs the same, as in IQL."""
     largest_weight: float = 100.0
     """Those weights are clipped here."""
     values_first: float = 0.0
-    """After this share of the budget critics rest, and the actor learns alone, from recorded actions drawn in
-    proportion to their weights instead of weighted. For data of mixed quality. 0: all to the end."""
+    """After this share of the budget critics rest, and recorded actions are drawn by their weights: as in IQL."""
     target_rate: float = 5e-3
     """How far the target critic moves towards the critic at each update."""
 
@@ -69,9 +66,7 @@ class CQLConfig:
         if self.conservative_weight < 0 or self.cloning_weight < 0:
             raise ValueError(f"cql.conservative_weight and cql.cloning_weight must not be negative, got {self}")
         if not 0 <= self.values_first < 1 or (self.values_first and not self.cloning_weight):
-            raise ValueError(
-                f"cql.values_first must be a share of the budget, in [0, 1), and needs cql.cloning_weight, got {self}"
-            )
+            raise ValueError(f"cql.values_first must lie in [0, 1), and needs cql.cloning_weight, got {self}")
         if not 0 < self.target_rate <= 1:
             raise ValueError(f"cql.target_rate must lie in (0, 1], got {self.target_rate}; the paper uses 0.005")
 
@@ -98,21 +93,21 @@ class CQL(Agent):
         self._target_entropy = -float(spec.action.size) if config.target_entropy is None else config.target_entropy
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        if self.values_rest:
-            return self._actor_alone(batch)
-        features = self.critic.encode(batch.state)  # [B, F], once, for every action below
         pi = self.actor(batch.state)
+        if self.values_rest:
+            return self._actor_alone(pi, batch)
+        features = self.critic.encode(batch.state)  # [B, F], once, for every action below
         with torch.no_grad():
-            alpha = self.log_alpha.exp()
             next_pi = self.actor(batch.next_state)
             next_features = self.target_critic.encode(batch.next_state)
-            next_value, _ = self._soft_value(self.target_critic, next_features, next_pi, alpha)
+            next_value, _ = self._soft_value(self.target_critic, next_features, next_pi)
             backup = batch.reward + batch.discount * next_value  # [B]
             action, log_density = self._propose(pi, next_pi, batch.action)
         recorded = self.critic.score(features, batch.action)  # [2, B]
         proposed = self.critic.score(features, action)  # [2, N, B]
         gap = conservative_gap(proposed, log_density, recorded, self.cfg.softness)  # [2], eq. 4
-        value, entropy = self._climbed(pi, features.detach())  # [B]
+        with frozen(self.critic):
+            value, entropy = self._soft_value(self.critic, features.detach(), pi)  # [B]
         cloning, learned = self._cloning(pi, batch.action, features.detach(), recorded.detach().amin(dim=0))
         conservative, multiplier = self._weighed(gap)
         return {
@@ -126,7 +121,7 @@ class CQL(Agent):
             "values/q_elsewhere": proposed.mean(),
             "values/gap": gap.mean(),
             "values/entropy": entropy.mean(),
-            "values/alpha": alpha,
+            "values/alpha": self.log_alpha.exp(),
         }
 
     def _cloning(
@@ -136,33 +131,23 @@ class CQL(Agent):
         if self.value_head is None:
             return 0.0, {}
         v = self.value_head(features)[..., 0].float()  # [B]
-        warm = self.updates >= self.cfg.cloning_warm_up
-        weight = advantage_weight(q - v.detach(), self.cfg.cloning_temperature, self.cfg.largest_weight, warm=warm)
+        weight = self.weight(q - v.detach(), warm=self.updates >= self.cfg.cloning_warm_up)
         values = {"losses/value": expectile_loss(q - v, self.cfg.cloning_expectile), "values/v": v.mean()}
         return -(weight * pi.log_prob(action)).mean(), values | {"values/weight": weight.mean()}
 
-    def _actor_alone(self, batch: Batch) -> dict[str, Tensor]:
-        """The actor's loss on a batch that was drawn by the weights."""
-        pi = self.actor(batch.state)
-        with torch.no_grad():
-            features = self.critic.encode(batch.state)
-        value, entropy = self._climbed(pi, features)
-        likelihood = pi.log_prob(batch.action).mean()
-        return {"losses/actor": -self.cfg.cloning_weight * likelihood - value.mean(), "values/entropy": entropy.mean()}
-
-    def _climbed(
-        self, pi: SquashedGaussian, features: Float[Tensor, "B F"]
-    ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """`_soft_value` for the actor to raise: Q's own weights rest."""
-        with _frozen(self.critic):
-            return self._soft_value(self.critic, features, pi, self.log_alpha.detach().exp())
+    def _actor_alone(self, pi: SquashedGaussian, batch: Batch) -> dict[str, Tensor]:
+        """What is left when values rest: recorded actions were drawn by their weights."""
+        with frozen(self.critic):
+            value, entropy = self._soft_value(self.critic, self.critic.encode(batch.state), pi)
+        cloning = -pi.log_prob(batch.action).mean()
+        return {"losses/actor": self.cfg.cloning_weight * cloning - value.mean(), "values/entropy": entropy.mean()}
 
     def _soft_value(
-        self, critic: Critic, features: Float[Tensor, "B F"], pi: SquashedGaussian, alpha: Tensor
+        self, critic: Critic, features: Float[Tensor, "B F"], pi: SquashedGaussian
     ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """E_pi[min Q(s, a) - alpha log pi(a | s)] and pi's entropy: one draw of the motions, every command."""
         action, log_prob, share = pi.with_every_command(*pi.sample(1))
-        value = critic.score(features, action).amin(dim=0) - alpha * log_prob
+        value = critic.score(features, action).amin(dim=0) - self.log_alpha.detach().exp() * log_prob
         return (share * value).sum(dim=0), -(share * log_prob).sum(dim=0)
 
     def _propose(
@@ -198,11 +183,10 @@ class CQL(Agent):
     def advantage(self, state: State, action: Float[Tensor, "B A"]) -> Float[Tensor, " B"]:
         assert self.value_head is not None
         features = self.critic.encode(state)
-        v = self.value_head(features)[..., 0].float()
-        return self.critic.score(features, action).amin(dim=0) - v
+        return self.critic.score(features, action).amin(dim=0) - self.value_head(features)[..., 0].float()
 
-    def weight(self, advantage: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-        return advantage_weight(advantage, self.cfg.cloning_temperature, self.cfg.largest_weight)
+    def weight(self, advantage: Float[Tensor, " B"], *, warm: Tensor | None = None) -> Float[Tensor, " B"]:
+        return advantage_weight(advantage, self.cfg.cloning_temperature, self.cfg.largest_weight, warm=warm)
 
     @property
     def q_function(self) -> Critic:
@@ -213,13 +197,3 @@ class CQL(Agent):
 
     def export_value(self) -> nn.Module:
         return self.critic.export()
-
-
-@contextlib.contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
-    """What is computed inside passes gradients through `network` to its inputs, not into its parameters."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)

@@ -66,8 +66,7 @@ class IQL(Agent):
             q = self.target_critic(batch.state, batch.action).amin(dim=0)  # [B]
             backup = batch.reward + batch.discount * self.value(batch.next_state)  # [B]
         v = self.value(batch.state)
-        warm = self.updates >= self.cfg.warm_up
-        weight = advantage_weight(q - v.detach(), self.cfg.temperature, self.cfg.largest_weight, warm=warm)
+        weight = self.weight(q - v.detach(), warm=self.updates >= self.cfg.warm_up)
         values = {
             "losses/value": expectile_loss(q - v, self.cfg.expectile),  # eq. 5
             "losses/critic": (self.critic(batch.state, batch.action) - backup).square().mean(dim=1).sum(),  # eq. 6
@@ -95,8 +94,8 @@ class IQL(Agent):
     def advantage(self, state: State, action: Float[Tensor, "B A"]) -> Float[Tensor, " B"]:
         return self.target_critic(state, action).amin(dim=0) - self.value(state)
 
-    def weight(self, advantage: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-        return advantage_weight(advantage, self.cfg.temperature, self.cfg.largest_weight)
+    def weight(self, advantage: Float[Tensor, " B"], *, warm: Tensor | None = None) -> Float[Tensor, " B"]:
+        return advantage_weight(advantage, self.cfg.temperature, self.cfg.largest_weight, warm=warm)
 
     @property
     def q_function(self) -> Critic:

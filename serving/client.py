@@ -29,7 +29,7 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 HEALTH = "/grpc.health.v1.Health/Check"
-"""Every gRPC server's, of which no request is part of ours. An empty message asks for the server as a whole."""
+"""Spelled out, as a controller need not have grpcio-health-checking. An empty message asks for the whole server."""
 Outcome = pb.EndEpisodeRequest
 
 

@@ -5,18 +5,20 @@ signal that another thread was given, or that came just before it fell asleep: o
 And where a handler does run, it may be in the middle of what holds the lock that it wants.
 """
 
+import logging
 import signal
 import socket
 import threading
 from collections.abc import Callable, Mapping
 
+log = logging.getLogger(__name__)
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 def listen(actions: Mapping[signal.Signals, Callable[[], None]]) -> None:
-    """From now on, call an action in a thread of its own whenever its signal comes. To be called by the main thread.
+    """From now on, call an action in another thread whenever its signal comes. To be called by the main thread, once.
 
-    The second SIGTERM, or SIGINT, ends the process at once.
+    Where a first SIGTERM or SIGINT has woken the main thread, a second of them ends the process.
     """
     heard, told = socket.socketpair()
     told.setblocking(False)
@@ -27,16 +29,19 @@ def listen(actions: Mapping[signal.Signals, Callable[[], None]]) -> None:
 
 
 def _obey(heard: socket.socket, told: socket.socket, actions: Mapping[signal.Signals, Callable[[], None]]) -> None:
-    with heard, told:
-        while True:
-            numbers = heard.recv(64)
-            for signum, action in actions.items():
-                if signum in numbers:
+    while numbers := heard.recv(64):
+        for signum, action in actions.items():
+            if signum in numbers:
+                try:
                     action()
+                except Exception:  # the next signal must be heard, whatever this one failed at
+                    log.exception("%s: not all of it could be done", signum.name)
+    told.close()
 
 
-def _next_time_at_once(signum: int, _frame: object) -> None:
-    signal.signal(signum, signal.SIG_DFL)
+def _next_time_at_once(_signum: int, _frame: object) -> None:
+    for signum in STOPS:
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def _leave_it_to_the_thread(_signum: int, _frame: object) -> None:

@@ -134,6 +134,8 @@ def parse(argv: list[str]) -> RunConfig:
     config = tyro.cli(RunConfig, args=argv, default=given, prog="python -m training.run", description=RunConfig.__doc__)
     if not (config.minutes or config.updates or config.patience):  # a preset of one's own may leave all of them out
         raise ValueError("nothing says when to stop: give --minutes, --updates, or --eval-every with --patience")
+    if getattr(getattr(config, config.algo), "values_first", 0) and not (config.minutes or config.updates):
+        raise ValueError(f"--{config.algo}.values-first is a share of a budget: give --minutes or --updates")
     if resumed:
         _require_same(defaults, config)
     return config

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from protos.errors import Rejected
@@ -22,12 +21,11 @@ from training.config import RunConfig
 from training.data.augment import randomly
 from training.data.dataset import load
 from training.distributed import join
+from training.extraction import Extraction, weigh
 from training.networks.family import EQUIVARIANCE
 
 AGENTS: dict[str, Any] = {"bc": BC, "iql": IQL, "cql": CQL}
 WARM_UP_UPDATES = 20
-LOOKS, LOOKED_AT = 8, 16_000
-"""In how many augmented views an action's advantage is taken, and in how many all actions' together, at most."""
 CHECKPOINT, DIAGNOSIS = "checkpoint.pt", "diverged.json"
 EXPLODED = 10.0
 """Values this many times beyond the largest return that the data's rewards allow are no estimates any more."""
@@ -68,8 +66,8 @@ class Run:
             processes=self.processes.count,
         )
         self.updates, self.seconds = 0, 0.0
-        self.weights: Float[Tensor, " T"] | None = None
-        """By which transitions are drawn since values rest: see `training.agents.agent.Agent.values_first`."""
+        self.extraction: Extraction | None = None
+        """Once values rest: see `training.agents.agent.Agent.values_first`."""
 
     @property
     def progress(self) -> float:
@@ -82,13 +80,13 @@ class Run:
         """Sample, augment, update. Raises Diverged, with a diagnosis written beside the checkpoint."""
         start = time.perf_counter()
         self._seed()
-        if self.weights is None and 0 < self.learner.agent.values_first <= self.progress:
-            self._draw_by(self._weigh())
-        index = self.dataset.draw(self._batch_size, self._generator, self.weights)
+        if self.extraction is None and 0 < self.learner.agent.values_first <= self.progress:
+            self._extract()
+        weights = self.extraction.weights if self.extraction else None
+        index = self.dataset.draw(self._batch_size, self._generator, weights)
         batch = self._augmented(self.dataset.batch(index))
-        rate = 0.5 * (1 + math.cos(math.pi * self._part_done)) if self.config.schedule == "cosine" else 1.0
         try:
-            scalars = self.learner.update(batch, rate * min(1.0, (self.updates + 1) / WARM_UP_UPDATES))
+            scalars = self.learner.update(batch, self.rate)
         except Diverged as error:
             self._explain(error, index, batch)
             raise
@@ -98,27 +96,32 @@ class Run:
         return scalars | {"time/update_ms": 1e3 * took}
 
     @property
-    def _part_done(self) -> float:
-        """Share of the part of the run that is under way: with values, or after they rest."""
-        first = self.learner.agent.values_first
-        if self.weights is None:
-            return min(1.0, self.progress / first) if first else self.progress
-        return max(0.0, self.progress - first) / (1 - first)
+    def has_policy(self) -> bool:
+        """False while values come first: the actor is not yet what it will be."""
+        return self.extraction is not None or not self.learner.agent.values_first
 
-    @torch.no_grad()
-    def _weigh(self) -> Float[Tensor, " T"]:
-        """What each recorded action is worth, by the mean of its advantages in a few augmented views."""
-        self._seed(rank=0)  # all processes draw by the same weights
-        agent, count = self.learner.agent, len(self.dataset)
-        looks = max(1, min(LOOKS, LOOKED_AT // count))
-        index = torch.arange(count, device=self.device).repeat(looks)
-        seen = (self._augmented(self.dataset.batch(part)) for part in index.split(self._batch_size))
-        advantage = torch.cat([agent.advantage(part.state, part.action).float() for part in seen])
-        self._seed()
-        return agent.weight(advantage.view(looks, count).mean(dim=0)).cpu()
+    @property
+    def rate(self) -> float:
+        """The next update's share of the learning rate: up, and down again, in each part of the run."""
+        part, first = self.extraction, self.learner.agent.values_first
+        begun, ends = (part.progress, 1.0) if part else (0.0, first or 1.0)
+        done = min(1.0, max(0.0, self.progress - begun) / (ends - begun)) if begun < ends else 1.0
+        warm = min(1.0, (self.updates - (part.update if part else 0) + 1) / WARM_UP_UPDATES)
+        return warm * (0.5 * (1 + math.cos(math.pi * done)) if self.config.schedule == "cosine" else 1.0)
 
-    def _draw_by(self, weights: Float[Tensor, " T"]) -> None:
-        self.weights, self.learner.agent.values_rest = weights, True
+    def _extract(self, before: Extraction | None = None) -> None:
+        """Values rest from now on, or since `before`."""
+        if before is None:
+            self._seed(rank=0)  # all processes draw by the same weights
+            try:
+                weights = weigh(self.learner.agent, self.dataset, self._augmented)
+            except Diverged as error:
+                nothing = torch.zeros(0, dtype=torch.long, device=self.device)
+                self._explain(error, nothing, self.dataset.batch(nothing))
+                raise
+            self._seed()
+        self.extraction = before or Extraction(weights, self.updates, self.progress)
+        self.learner.agent.values_rest = True
 
     def _seed(self, rank: int | None = None) -> None:
         entropy = (self.config.seed, self.updates, self.processes.rank if rank is None else rank)
@@ -156,7 +159,8 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
-        state = {"learner": self.learner.state_dict(), "dataset_sha256": self.dataset.sha256, "weights": self.weights}
+        extraction = self.extraction and vars(self.extraction)
+        state = {"learner": self.learner.state_dict(), "dataset_sha256": self.dataset.sha256, "extraction": extraction}
         self.write(CHECKPOINT, state)
 
     def write(self, name: str, state: dict[str, Any]) -> None:
@@ -182,8 +186,8 @@ class Run:
                 str(path), "a checkpoint of this version's networks", str(error).splitlines()[0], "start a new run"
             ) from error
         self.updates, self.seconds = state["updates"], state["seconds"]
-        if state["weights"] is not None:
-            self._draw_by(state["weights"])
+        if extraction := state.get("extraction"):  # older checkpoints have none
+            self._extract(Extraction(**extraction | {"weights": extraction["weights"].cpu()}))
 
 
 def _bf16(precision: str, device: torch.device) -> bool:

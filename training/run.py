@@ -67,6 +67,9 @@ def train(config: RunConfig) -> Path:
 def _export(run: Run, evaluations: Evaluations | None) -> Path:
     """policy.onnx from the best weights that evaluation found, or from the last ones."""
     config, updates, success = run.config, run.updates, None
+    if not run.has_policy:
+        values = f"time for the actor after --{config.algo}.values-first"
+        raise Rejected("--minutes or --updates", values, f"{run.updates} updates", "give more, with --resume")
     results = evaluations.results() if evaluations else []
     if config.keep == "best" and results:
         state = torch.load(config.output / BEST, weights_only=True, map_location=run.device)
@@ -126,8 +129,7 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
                 _show(bar, run, scalars)
             bar.n = round(100 * run.progress, 1)
             bar.refresh()
-            due = evaluations is not None and (run.updates % run.config.eval_every == 0 or done)  # type: ignore[operator]
-            if evaluations and due and run.learner.agent.actor_learns:
+            if evaluations and run.has_policy and (run.updates % (run.config.eval_every or 1) == 0 or done):
                 evaluations.take()
             if evaluations and run.updates % LOG_EVERY == 0:
                 _log_success(evaluations.poll(), log)

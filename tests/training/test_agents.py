@@ -92,7 +92,7 @@ def test_where_weights_have_drawn_the_batch_the_actor_does_not_weigh_again(agent
         expected = -pi.log_prob(batch.action).mean().item()
         if agent is CQL:
             action, log_prob, share = pi.with_every_command(*pi.sample(1))
-            soft = made.critic(batch.state, action).amin(dim=0) - 0.01 * log_prob
+            soft = made.critic(batch.state, action).amin(dim=0) - config.entropy_temperature * log_prob
             expected = 2 * expected - (share * soft).sum(dim=0).mean().item()
     assert losses["losses/actor"].item() == pytest.approx(expected, rel=1e-4)
     losses["losses/actor"].backward()

@@ -55,20 +55,9 @@ def test_success_is_measured_logged_and_kept_with_the_best_weights(drawer: Path,
     assert torch.load(run / "best.pt", weights_only=True)["updates"] == chosen.update
 
 
-def test_an_actor_that_has_learned_nothing_yet_is_not_evaluated(drawer: Path, tmp_path: Path) -> None:
-    flags = (
-        "--algo",
-        "iql",
-        "--iql.values-first",
-        "0.6",
-        "--updates",
-        "9",
-        "--eval-every",
-        "3",
-        "--eval-episodes",
-        "1",
-    )
-    train(parse(arguments(drawer, tmp_path / "run", *flags)))
+def test_while_values_come_first_there_is_nothing_to_evaluate(drawer: Path, tmp_path: Path) -> None:
+    flags = "--algo iql --iql.values-first 0.6 --updates 9 --eval-every 3 --eval-episodes 1"
+    train(parse(arguments(drawer, tmp_path / "run", *flags.split())))
     results = [json.loads(p.read_text()) for p in sorted((tmp_path / "run" / "evaluations").iterdir())]
     assert [r["update"] for r in results] == [9]
 

@@ -1,7 +1,6 @@
 """The loop's promises: divergence is explained, processes share a batch, probes see what they claim to see."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -77,49 +76,6 @@ def test_two_processes_train_one_agent(flags: str, reach_path: Path, tmp_path: P
     assert "2 processes" in done.stdout
     assert done.stdout.count("policy.onnx") == 1
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["updates"] == 6
-
-
-def moved(before: dict[str, torch.Tensor], run: Run) -> set[str]:
-    """The networks that have learned since."""
-    return {name.split(".")[0] for name, p in run.learner.agent.named_parameters() if not torch.equal(before[name], p)}
-
-
-@pytest.mark.parametrize(
-    ("algo", "at_first", "later"),
-    [
-        ("iql", {"critic", "value", "target_critic"}, {"actor"}),
-        ("cql", {"critic", "value_head", "target_critic", "actor", "log_alpha"}, {"actor"}),
-    ],
-)
-def test_where_values_come_first_they_rest_later(
-    algo: str, at_first: set[str], later: set[str], reach_path: Path, tmp_path: Path
-) -> None:
-    flags = ("--algo", algo, f"--{algo}.values-first", "0.5", "--updates", "8")
-    run, expected = Run(parse(arguments(reach_path, tmp_path, *flags))), at_first
-    for _ in range(2):
-        before = {name: p.detach().clone() for name, p in run.learner.agent.named_parameters()}
-        for _ in range(4):
-            run.step()
-            assert run.learner.agent.actor_learns == ("actor" in expected)
-        assert moved(before, run) == expected
-        expected = later
-
-
-def test_what_is_worth_more_is_drawn_more_often(reach_path: Path, tmp_path: Path) -> None:
-    """As often as its clipped weight says, whichever way it is turned."""
-    flags = ("--iql.values-first", "0.5", "--iql.largest-weight", "3", "--iql.temperature", "0.1")
-    run = Run(parse(arguments(reach_path, tmp_path, "--algo", "iql", "--updates", "2", *flags)))
-    agent = run.learner.agent
-    agent.advantage = lambda state, action: 0.2 * state.gripper[:, 0] - 0.1  # type: ignore[method-assign]
-    for _ in range(2):
-        run.step()
-    assert run.weights is not None
-    holds = run.dataset.gripper[run.dataset.now, 0] > 0.5
-    np.testing.assert_allclose(run.weights, np.where(holds, math.e, 1 / math.e), rtol=1e-5)
-    generator = torch.Generator().manual_seed(0)
-    drawn = holds[run.dataset.draw(4000, generator, run.weights)].float().mean().item()
-    count = holds.sum().item()
-    assert drawn == pytest.approx(count * math.e / (count * math.e + (len(holds) - count) / math.e), abs=0.03)
 
 
 def test_killed_while_it_trained_a_run_goes_on_to_where_it_would_have_been(reach_path: Path, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ class Agent(nn.Module):
 
     actor: Actor
     values_rest: bool = False
-    """Whether only the actor still learns, from recorded actions drawn in proportion to the `weight` they have."""
+    """Whether only the actor still learns, from recorded actions drawn in proportion to the `weight` they have: see
+    `training.extraction`."""
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Scalar losses by name ("losses/actor") to minimise, and other scalars ("values/q") to log."""
@@ -45,17 +46,12 @@ class Agent(nn.Module):
         """The share of a run after which values rest; 0, as for most agents: they never do."""
         return 0.0
 
-    @property
-    def actor_learns(self) -> bool:
-        """False while only values do."""
-        return True
-
     def advantage(self, state: State, action: Float[Tensor, "B A"]) -> Float[Tensor, " B"]:
         """How much better than others a recorded action is. Agents with `values_first` know it."""
         raise NotImplementedError
 
-    def weight(self, advantage: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """How much an action of such an advantage is worth imitating."""
+    def weight(self, advantage: Float[Tensor, " B"], *, warm: Tensor | None = None) -> Float[Tensor, " B"]:
+        """How much an action of such an advantage is worth imitating; 1 for all until `warm` is true."""
         raise NotImplementedError
 
     @property

@@ -52,7 +52,7 @@ class CQLConfig:
     largest_weight: float = 100.0
     """Those weights are clipped here."""
     values_first: float = 0.0
-    """After this share of the budget critics rest, and recorded actions are drawn by their weights: as in IQL."""
+    """After this share of the budget critics and alpha rest, and the actor learns on from actions drawn by weight."""
     target_rate: float = 5e-3
     """How far the target critic moves towards the critic at each update."""
 
@@ -136,7 +136,7 @@ class CQL(Agent):
         return -(weight * pi.log_prob(action)).mean(), values | {"values/weight": weight.mean()}
 
     def _actor_alone(self, pi: SquashedGaussian, batch: Batch) -> dict[str, Tensor]:
-        """What is left when values rest: recorded actions were drawn by their weights."""
+        """Its loss where the batch was drawn by weights, which then have a mean of 1."""
         with frozen(self.critic):
             value, entropy = self._soft_value(self.critic, self.critic.encode(batch.state), pi)
         cloning = -pi.log_prob(batch.action).mean()

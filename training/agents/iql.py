@@ -29,8 +29,8 @@ class IQLConfig:
     """How far the target critic moves towards the critic at each update."""
     values_first: float = 0.0
     """For this share of the budget, learn values alone; then they rest, and the actor learns alone, from actions drawn
-    in proportion to their weights instead of weighted. For data of mixed quality: one pass over what is worth
-    imitating, instead of a step now and then that is a hundred times the others. 0: all at once."""
+    in proportion to their weights instead of weighted. For data of mixed quality: batches are then made of what is
+    worth imitating, where else few of their samples count. 0: all at once, as published."""
     warm_up: int = 0
     """For so many updates every action weighs the same. Advantages of values not yet learned are noise, which a small
     temperature makes large, and an actor does not recover from it in a few thousand updates."""
@@ -60,8 +60,8 @@ class IQL(Agent):
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        if self.values_rest:  # the batch was drawn by the weights of eq. 7
-            return {"losses/actor": -self.actor(batch.state).log_prob(batch.action).mean()}
+        if self.values_rest:
+            return self._actor_alone(batch)
         with torch.no_grad():
             q = self.target_critic(batch.state, batch.action).amin(dim=0)  # [B]
             backup = batch.reward + batch.discount * self.value(batch.next_state)  # [B]
@@ -74,10 +74,14 @@ class IQL(Agent):
             "values/v": v.mean(),
             "values/weight": weight.mean(),
         }
-        if not self.actor_learns:
+        if self.cfg.values_first:
             return values
         likelihood = self.actor(batch.state).log_prob(batch.action)
         return values | {"losses/actor": -(weight * likelihood).mean()}  # eq. 7
+
+    def _actor_alone(self, batch: Batch) -> dict[str, Tensor]:
+        """Eq. 7 where the batch was drawn by its weights."""
+        return {"losses/actor": -self.actor(batch.state).log_prob(batch.action).mean()}
 
     def follow(self) -> None:
         polyak(self.target_critic, self.critic, self.cfg.target_rate)
@@ -86,10 +90,6 @@ class IQL(Agent):
     @property
     def values_first(self) -> float:
         return self.cfg.values_first
-
-    @property
-    def actor_learns(self) -> bool:
-        return self.values_rest or not self.cfg.values_first
 
     def advantage(self, state: State, action: Float[Tensor, "B A"]) -> Float[Tensor, " B"]:
         return self.target_critic(state, action).amin(dim=0) - self.value(state)

@@ -58,11 +58,12 @@ class Dataset:
     def draw(
         self, size: int, generator: torch.Generator, weights: Float[Tensor, " T"] | None = None
     ) -> Int[Tensor, " B"]:
-        """Indices of `size` transitions with replacement: uniform, or in proportion to `weights`."""
+        """Indices of `size` transitions with replacement: uniform, or in proportion to `weights`, which lie on the
+        generator's device."""
         if weights is None:
             index = torch.randint(len(self), (size,), generator=generator, device=generator.device)
         else:
-            index = torch.multinomial(weights.to(generator.device), size, replacement=True, generator=generator)
+            index = torch.multinomial(weights, size, replacement=True, generator=generator)
         return index.to(self.action.device)
 
     def sample(self, size: int, generator: torch.Generator) -> Batch:

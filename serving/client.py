@@ -265,8 +265,9 @@ class PolicyClient:
     def _pause(self, seconds: float) -> None:
         """Sleep, and be connected where that is possible meanwhile.
 
-        gRPC sees that a connection was made, or refused, while a call waits for it, and else every 5 s only: a server
-        that is back would be found 10 to 20 s later. What the call is answered is of no interest.
+        gRPC's older event loop (see `serving`) sees that a connection was made, or refused, while a call waits for it,
+        and else every 5 s only: a server that was back was found 10 to 20 s later. What the call is answered is of no
+        interest.
         """
         until = time.monotonic() + seconds
         with suppress(grpc.RpcError):

@@ -15,7 +15,7 @@ from training.batch import Batch
 from training.data.dataset import Dataset
 
 VIEWS, MOST_LOOKS = 8, 16_000
-"""In how many augmented views an action's advantage is taken; in fewer, but one, where all actions' were more looks."""
+"""In how many augmented views each action is looked at; in fewer, down to one, where the data would need more looks."""
 BATCH = 64
 
 

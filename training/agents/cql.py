@@ -136,7 +136,7 @@ class CQL(Agent):
         return -(weight * pi.log_prob(action)).mean(), values | {"values/weight": weight.mean()}
 
     def _actor_alone(self, pi: SquashedGaussian, batch: Batch) -> dict[str, Tensor]:
-        """Its loss where the batch was drawn by weights, which then have a mean of 1."""
+        """The actor's loss where the batch was drawn by weights: as if they had a mean of 1."""
         with frozen(self.critic):
             value, entropy = self._soft_value(self.critic, self.critic.encode(batch.state), pi)
         cloning = -pi.log_prob(batch.action).mean()

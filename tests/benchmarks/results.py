@@ -85,9 +85,9 @@ TRIED = """Tried before, and why the rows are as they are:
 - noisy rows with 20 minutes, seeds 0 and 1, all learned at once: IQL at temperature 0.02 69 % and 76 %, CQL as in the
   preset 84 % and 74 %. Values first, but weights clipped at 100: 50 of the 1000 transitions had most of the weight.
   In an earlier form of values first, without the second warm-up, on a faster day: noisy-iql 91 % and 99 %, noisy-cql,
-  resting after 30 % of the budget, 84 % and 96 %. noisy-cql with a cloning weight of 10, so that the actor hardly climbs
-  Q: 82 % and 93 %. Nor is it the weights: beside the expert, 1.1 % of all recorded actions have the wrong gripper
-  command, of those drawn by CQL 0.1 %, by IQL 1.8 and 3.8 %.
+  resting after 30 % of the budget, 84 % and 96 %. noisy-cql with a cloning weight of 10, so that the actor hardly
+  climbs Q: 82 % and 93 %. Nor is it the weights: beside the expert, 1.1 % of all recorded actions have the wrong
+  gripper command, of those drawn by CQL 0.1 %, by IQL 1.8 and 3.8 %.
 - equivariant-cql when cloning was weighed by the advantage over the policy's own action, with a soft maximum at
   temperature 1 (weight 0.01): 82 % and 47 %; plain-cql: 36 % and 23 %; noisy-cql with 8 minutes: 79 % and 56 %.
 """

@@ -232,7 +232,7 @@ def serve(config: Config) -> None:
     share_heaps()
     with Server(config) as server:
         refresh = threading.Event()
-        listen(dict.fromkeys(STOPS, server.stopping.set) | {signal.SIGHUP: refresh.set})
+        listen(dict.fromkeys(STOPS, server.stopping) | {signal.SIGHUP: refresh})
         server.load()
         gc.collect()
         gc.freeze()  # what a start leaves stays: to look through it again would stop every call for 26 to 52 ms

@@ -5,38 +5,34 @@ signal that another thread was given, or that came just before it fell asleep: o
 And where a handler does run, it may be in the middle of what holds the lock that it wants.
 """
 
-import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-log = logging.getLogger(__name__)
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
-def listen(actions: Mapping[signal.Signals, Callable[[], None]]) -> None:
-    """From now on, call an action in another thread whenever its signal comes. To be called by the main thread, once.
+def listen(events: Mapping[signal.Signals, threading.Event]) -> None:
+    """From now on, set an event whenever its signal comes. To be called by the main thread, once.
 
     Where a first SIGTERM or SIGINT has woken the main thread, a second of them ends the process.
     """
     heard, told = socket.socketpair()
     told.setblocking(False)
     signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)  # written by C, whichever thread is given the signal
-    for signum in actions:
+    for signum in events:
         signal.signal(signum, _next_time_at_once if signum in STOPS else _leave_it_to_the_thread)
-    threading.Thread(target=_obey, args=(heard, told, actions), name="signals", daemon=True).start()
+    threading.Thread(target=_obey, args=(heard, told, events), name="signals", daemon=True).start()
 
 
-def _obey(heard: socket.socket, told: socket.socket, actions: Mapping[signal.Signals, Callable[[], None]]) -> None:
-    while numbers := heard.recv(64):
-        for signum, action in actions.items():
+def _obey(heard: socket.socket, _told: socket.socket, events: Mapping[signal.Signals, threading.Event]) -> None:
+    """`_told` is the other end, which lives as long as this thread does."""
+    while True:
+        numbers = heard.recv(64)
+        for signum, event in events.items():
             if signum in numbers:
-                try:
-                    action()
-                except Exception:  # the next signal must be heard, whatever this one failed at
-                    log.exception("%s: not all of it could be done", signum.name)
-    told.close()
+                event.set()
 
 
 def _next_time_at_once(_signum: int, _frame: object) -> None:

@@ -79,9 +79,9 @@ class Run:
     def step(self) -> dict[str, float]:
         """Sample, augment, update. Raises Diverged, with a diagnosis written beside the checkpoint."""
         start = time.perf_counter()
-        self._seed()
-        if self.extraction is None and 0 < self.learner.agent.values_first <= self.progress:
-            self._extract()
+        if not self.has_policy and self.progress >= self.learner.agent.values_first:
+            self._rest_values(Extraction(self._weigh(), self.updates, self.progress))
+        self._seed(self.processes.rank)
         weights = self.extraction.weights if self.extraction else None
         index = self.dataset.draw(self._batch_size, self._generator, weights)
         batch = self._augmented(self.dataset.batch(index))
@@ -109,22 +109,20 @@ class Run:
         warm = min(1.0, (self.updates - (part.update if part else 0) + 1) / WARM_UP_UPDATES)
         return warm * (0.5 * (1 + math.cos(math.pi * done)) if self.config.schedule == "cosine" else 1.0)
 
-    def _extract(self, before: Extraction | None = None) -> None:
-        """Values rest from now on, or since `before`."""
-        if before is None:
-            self._seed(rank=0)  # all processes draw by the same weights
-            try:
-                weights = weigh(self.learner.agent, self.dataset, self._augmented)
-            except Diverged as error:
-                nothing = torch.zeros(0, dtype=torch.long, device=self.device)
-                self._explain(error, nothing, self.dataset.batch(nothing))
-                raise
-            self._seed()
-        self.extraction = before or Extraction(weights, self.updates, self.progress)
-        self.learner.agent.values_rest = True
+    def _weigh(self) -> Tensor:
+        self._seed(rank=0)  # all processes draw by the same weights
+        try:
+            return weigh(self.learner.agent, self.dataset, self._augmented)
+        except Diverged as error:
+            nothing = torch.zeros(0, dtype=torch.long, device=self.device)
+            self._explain(error, nothing, self.dataset.batch(nothing))
+            raise
 
-    def _seed(self, rank: int | None = None) -> None:
-        entropy = (self.config.seed, self.updates, self.processes.rank if rank is None else rank)
+    def _rest_values(self, extraction: Extraction) -> None:
+        self.extraction, self.learner.agent.values_rest = extraction, True
+
+    def _seed(self, rank: int) -> None:
+        entropy = (self.config.seed, self.updates, rank)
         ours, torchs = np.random.SeedSequence(entropy).generate_state(2, np.uint64)
         self._generator.manual_seed(int(ours))
         torch.manual_seed(int(torchs))
@@ -187,7 +185,7 @@ class Run:
             ) from error
         self.updates, self.seconds = state["updates"], state["seconds"]
         if extraction := state.get("extraction"):  # older checkpoints have none
-            self._extract(Extraction(**extraction | {"weights": extraction["weights"].cpu()}))
+            self._rest_values(Extraction(**extraction | {"weights": extraction["weights"].cpu()}))
 
 
 def _bf16(precision: str, device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 import random
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -16,6 +17,12 @@ from serving.bench import pictures
 from serving.client import PolicyClient
 
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+
+
+def free_port() -> int:
+    """Where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def connect(address: str) -> grpc.Channel:

@@ -1,6 +1,5 @@
 """What a controller relies on: contract compared, one kind of error, deadlines kept, retries only where they help."""
 
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,6 +17,7 @@ from serving.client import PolicyClient, PolicyError
 from serving.flight import files_of, read
 from tests.makers import UNHURRIED_MS, scene, small_spec
 from tests.serving.conftest import address_of
+from tests.serving.load import free_port
 
 CODES = [code for code in grpc.StatusCode if code not in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)]
 
@@ -165,9 +165,7 @@ def test_waiting_for_nobody_ends():
 
 @pytest.fixture
 def free_address():
-    """Where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"localhost:{free.getsockname()[1]}"
+    return f"localhost:{free_port()}"
 
 
 def test_waiting_ends_when_the_server_is_ready(launch, healthy, free_address):

@@ -77,7 +77,7 @@ LISTENER = """
 import signal, sys, threading, time
 from serving.signals import STOPS, listen
 stop, refresh = threading.Event(), threading.Event()
-listen(dict.fromkeys(STOPS, stop.set) | {signal.SIGHUP: refresh.set})
+listen(dict.fromkeys(STOPS, stop) | {signal.SIGHUP: refresh})
 print("listening", flush=True)
 if sys.argv[1] == "elsewhere":
     given = threading.Thread(target=threading.Event().wait, daemon=True)

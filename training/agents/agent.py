@@ -22,6 +22,8 @@ class Agent(nn.Module):
     """
 
     actor: Actor
+    values_first: float = 0.0
+    """The share of a run after which values rest; 0, as for most agents: they never do."""
     values_rest: bool = False
     """Whether only the actor still learns, from recorded actions drawn in proportion to the `weight` they have: see
     `training.extraction`."""
@@ -40,11 +42,6 @@ class Agent(nn.Module):
     def faster(self) -> dict[nn.Parameter, float]:
         """Parameters that learn at so many times the learning rate; most agents have none."""
         return {}
-
-    @property
-    def values_first(self) -> float:
-        """The share of a run after which values rest; 0, as for most agents: they never do."""
-        return 0.0
 
     def advantage(self, state: State, action: Float[Tensor, "B A"]) -> Float[Tensor, " B"]:
         """How much better than others a recorded action is. Agents with `values_first` know it."""

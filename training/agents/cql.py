@@ -78,7 +78,7 @@ class CQL(Agent):
         self, networks: NetworkConfig, spec: PolicySpec, equivariant: frozenset[str], config: CQLConfig
     ) -> None:
         super().__init__()
-        self.cfg = config
+        self.cfg, self.values_first = config, config.values_first
         self.actor = make_actor(networks, spec, equivariant)
         self.critic = make_critic(networks, spec, equivariant)
         self.target_critic = cast(Critic, frozen_copy_of(make_critic(networks, spec, equivariant), self.critic))
@@ -175,10 +175,6 @@ class CQL(Agent):
 
     def faster(self) -> dict[nn.Parameter, float]:
         return {} if self.cfg.gap is None else {self.log_weight: self.cfg.gap_rate}
-
-    @property
-    def values_first(self) -> float:
-        return self.cfg.values_first
 
     def advantage(self, state: State, action: Float[Tensor, "B A"]) -> Float[Tensor, " B"]:
         assert self.value_head is not None

@@ -51,7 +51,7 @@ class IQL(Agent):
         self, networks: NetworkConfig, spec: PolicySpec, equivariant: frozenset[str], config: IQLConfig
     ) -> None:
         super().__init__()
-        self.cfg = config
+        self.cfg, self.values_first = config, config.values_first
         self.actor = make_actor(networks, spec, equivariant)
         self.critic = make_critic(networks, spec, equivariant)
         self.value = make_value(networks, spec, equivariant)
@@ -74,7 +74,7 @@ class IQL(Agent):
             "values/v": v.mean(),
             "values/weight": weight.mean(),
         }
-        if self.cfg.values_first:
+        if self.values_first:
             return values
         likelihood = self.actor(batch.state).log_prob(batch.action)
         return values | {"losses/actor": -(weight * likelihood).mean()}  # eq. 7
@@ -86,10 +86,6 @@ class IQL(Agent):
     def follow(self) -> None:
         polyak(self.target_critic, self.critic, self.cfg.target_rate)
         self.updates += 1
-
-    @property
-    def values_first(self) -> float:
-        return self.cfg.values_first
 
     def advantage(self, state: State, action: Float[Tensor, "B A"]) -> Float[Tensor, " B"]:
         return self.target_critic(state, action).amin(dim=0) - self.value(state)

@@ -1,7 +1,6 @@
 """Overload, unfair neighbours, health at saturation, batching."""
 
 import math
-import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from serving.bench import Bench, Client
 from tests.benchmarks.serving.measure import REPOSITORY, Row, apart, benched, served
-from tests.serving.load import connect, requests_for
+from tests.serving.load import connect, free_port, requests_for
 
 SECONDS = "8"
 REFUSED_S = 0.005
@@ -65,12 +64,6 @@ def overload(policy: Path, scratch: Path) -> list[Row]:
         ),
         Row("health at saturation: p99 <= 20 ms", f"{p99:.1f} ms of {len(health)} checks", p99 <= 20),
     ]
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def p99_within_s(metrics_port: int, code: str) -> float:

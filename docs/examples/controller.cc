@@ -142,7 +142,9 @@ class Controller {
       const auto age = std::chrono::duration_cast<microseconds>(Clock::now() - taken);
       request.mutable_observation()->set_age_us(age.count());
       pb::GetActionResponse response;
-      const auto status = policies_->GetAction(call(kDeadline).get(), request, &response);
+      const auto context = call(kDeadline);
+      if (i > 0) context->AddMetadata("x-retry", "1");  // it may have been answered already
+      const auto status = policies_->GetAction(context.get(), request, &response);
       if (status.ok()) return response;
       explain(status);
       const auto code = status.error_code();

@@ -92,10 +92,11 @@ class Controller:
         return not response.hold
 
     def _ask(self, request: pb.GetActionRequest, taken_s: float) -> pb.GetActionResponse | None:
-        for _ in range(TRIES):
+        for again in range(TRIES):
+            metadata = [*self._metadata, ("x-retry", "1")] if again else self._metadata
             request.observation.age_us = round((time.monotonic() - taken_s) * 1e6)
             try:
-                return self._policies.GetAction(request, timeout=DEADLINE_S, metadata=self._metadata)
+                return self._policies.GetAction(request, timeout=DEADLINE_S, metadata=metadata)
             except grpc.RpcError as error:
                 explain(error)
                 if error.code() not in TRY_AGAIN:

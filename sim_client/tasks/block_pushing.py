@@ -1,6 +1,7 @@
 """Block pushing: shove the block against the middle of a bumper. Nothing may be grasped that is wider than the gripper.
 
-With `strength` above 0 the table leans: gravity then has a direction in the plane, which no turn of the scene turns.
+In its twin block_pushing_tilted the table leans, by `strength`: gravity then has a direction in the plane, which no
+turn of the scene turns.
 """
 
 import math

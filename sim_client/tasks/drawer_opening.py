@@ -1,6 +1,7 @@
 """Drawer opening: a cabinet stands anywhere, turned any way; take its handle and pull.
 
-With `strength` above 0 the cabinet no longer stands every way round; at 1 its drawer always opens towards +x.
+In its twin drawer_opening_fixed_side the cabinet no longer stands every way round, the less the greater `strength`; at
+1 its drawer always opens towards +x.
 """
 
 import math

@@ -25,7 +25,7 @@ YAW_REACH_RAD = 2.4
 """Allowed turn to either side of the centre; joint 7 reaches 2.9, of which the first joint's swing may take 0.3."""
 
 HOLDING_MIN_M = 0.003
-"""A closed gripper whose fingers stay further apart than this holds something."""
+"""A gripper whose fingers stay this much further apart than commanded holds something."""
 
 _GRIP_FORCE_N = 20.0
 
@@ -105,8 +105,8 @@ class Arm:
 
     @property
     def holding(self) -> bool:
-        """Whether the gripper was told to close and something keeps its fingers apart."""
-        return self._open < 0.5 and self.finger_gap_m > HOLDING_MIN_M
+        """Whether the gripper was told to close and something keeps its fingers further apart than it was told to."""
+        return self._open < 0.5 and self.finger_gap_m > 2 * FINGER_TRAVEL_M * self._open + HOLDING_MIN_M
 
     def _angles(self) -> np.ndarray:
         return np.array([s[0] for s in p.getJointStates(self._body, self._joints, physicsClientId=self._client)])

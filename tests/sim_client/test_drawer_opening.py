@@ -10,13 +10,12 @@ import pytest
 
 from protos.spaces import ACTION, OBSERVATION
 from protos.symmetry import Element
-
-ENV_ID = "equiserve/DrawerOpening-v0"
+from sim_client import ENV_IDS
 
 
 @pytest.fixture(scope="module")
 def env() -> Iterator[gymnasium.Env[Any, Any]]:
-    env = gymnasium.make(ENV_ID)
+    env = gymnasium.make(ENV_IDS["drawer_opening"])
     yield env
     env.close()
 
@@ -72,9 +71,12 @@ def test_the_gripper_says_when_it_holds(env: gymnasium.Env[Any, Any]) -> None:
     assert held.index(True) == closed.index(True) + 1
 
 
-def test_closing_on_nothing_is_not_holding(env: gymnasium.Env[Any, Any]) -> None:
+@pytest.mark.parametrize("opening", [0.0, 0.04, 0.2, 0.49])
+def test_closing_on_nothing_is_not_holding(env: gymnasium.Env[Any, Any], opening: float) -> None:
+    """Nor is closing half-way, as a policy does that cannot decide: the command alone keeps the fingers apart."""
     env.reset(seed=1)
     action = np.zeros(ACTION.size, np.float32)
+    action[ACTION.slice_of("gripper")] = opening
     obs, *_ = env.step(action)
     assert obs["gripper"][0] == 0.0
 

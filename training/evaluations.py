@@ -8,7 +8,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from scipy.stats import binomtest
@@ -18,6 +20,7 @@ from protos.files import write_atomically
 from training.loop import Run
 
 FOLDER, BEST = "evaluations", "best.pt"
+LOOK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,12 @@ class Evaluations:
             self._keep_the_best(results)
         return fresh
 
-    def wait(self) -> list[Result]:
-        """Finish every evaluation; what has come in since the last call."""
+    def wait(self, stop: threading.Event) -> list[Result]:
+        """Finish every evaluation, or stop waiting; what has come in since the last call."""
         fresh = self.poll()
-        while self._process is not None:
-            self._process.wait()
+        while self._process is not None and not stop.is_set():
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(LOOK_EVERY_S)
             fresh += self.poll()
         return fresh
 
@@ -92,9 +96,11 @@ class Evaluations:
     def exhausted(self) -> bool:
         """Whether --patience evaluations in a row brought nothing better."""
         results, patience = self.results(), self._run.config.patience
-        return (
-            patience is not None and bool(results) and sum(r.update > best(results).update for r in results) >= patience
-        )
+        if patience is None or not results:
+            return False
+        top = max(r.success_rate for r in results)
+        reached = min(r.update for r in results if r.success_rate == top)
+        return sum(r.update > reached for r in results) >= patience
 
     def stop(self) -> None:
         """End the evaluation under way; its snapshot waits for a resumed run."""

@@ -37,7 +37,8 @@ def train(config: RunConfig) -> Path:
     Raises:
         Rejected: on a dataset, a network or an output directory that does not fit; nothing has been written then.
         Diverged: when a loss is not finite or a value has exploded; the last checkpoint is kept.
-        KeyboardInterrupt: on Ctrl-C, with a checkpoint saved.
+        EvaluationError: when an evaluation failed; a checkpoint has been saved.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     if not config.resume and config.output.exists() and any(config.output.iterdir()):
         raise Rejected("--output", "a new or empty directory", str(config.output), "choose another, or add --resume")
@@ -54,11 +55,12 @@ def train(config: RunConfig) -> Path:
     try:
         with _interrupt_noted() as stop:
             _loop(run, evaluations, stop)
-        if run.processes.leads:
-            run.save()
         if stop.is_set():
             raise KeyboardInterrupt
         return _export(run, evaluations) if run.processes.leads else config.output / POLICY
+    except EvaluationError:
+        run.save()
+        raise
     finally:
         if evaluations is not None:
             evaluations.stop()
@@ -97,21 +99,23 @@ def _told(result: Result | None) -> Mapping[str, Any]:
 
 @contextlib.contextmanager
 def _interrupt_noted() -> Iterator[threading.Event]:
-    """Note Ctrl-C for the loop: between updates the state is whole, within one it is half old and half new.
+    """Note Ctrl-C and SIGTERM for the loop: between updates the state is whole, within one half old and half new.
 
-    A second Ctrl-C stops at once.
+    A second one stops at once.
     """
     stop = threading.Event()
 
     def note(*_: Any) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in before:
+            signal.signal(number, signal.default_int_handler)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> None:
@@ -136,10 +140,12 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
             if leads and run.seconds - saved >= run.config.checkpoint_s:
                 run.save()
                 saved = run.seconds
+        if leads:
+            run.save()
         run.processes.meet()
         if evaluations and not stop.is_set():
             bar.set_postfix_str("waiting for the last evaluations")
-            _log_success(evaluations.wait(), log)
+            _log_success(evaluations.wait(stop), log)
 
 
 def _ended(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> bool:

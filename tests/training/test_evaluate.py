@@ -1,8 +1,11 @@
 """Evaluation while training: real episodes in processes of their own; the best weights become the policy."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,10 @@ import torch
 
 from protos.manifest import Manifest
 from tests.training.test_run import command
+from training import evaluations as evaluations_module
 from training.config import parse
 from training.evaluate import Evaluate, evaluate
-from training.evaluations import Evaluations, Result, best
+from training.evaluations import EvaluationError, Evaluations, Result, best
 from training.loop import Run
 from training.run import train
 
@@ -81,6 +85,37 @@ def test_a_snapshot_is_evaluated_by_hand_to_the_same_result(drawer: Path, tmp_pa
     assert not snapshot.exists()
 
 
+def instead_of_an_evaluation(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training starts this Python in the place of each evaluation."""
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        evaluations_module.subprocess,
+        "Popen",
+        lambda command, **options: popen([sys.executable, "-c", script], **options),
+    )
+
+
+def test_what_was_learned_outlives_an_evaluation_that_fails(
+    drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instead_of_an_evaluation("raise SystemExit('no display')", monkeypatch)
+    with pytest.raises(EvaluationError, match="no display"):
+        train(parse(arguments(drawer, tmp_path / "run", "--updates", "3", "--eval-every", "3")))
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["updates"] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_does_not_wait_for_evaluations(
+    number: int, drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instead_of_an_evaluation(f"import os, time; os.kill({os.getpid()}, {int(number)}); time.sleep(600)", monkeypatch)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train(parse(arguments(drawer, tmp_path / "run", "--updates", "3", "--eval-every", "3")))
+    assert time.monotonic() - start < 60
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["updates"] == 3
+
+
 def test_an_evaluation_that_fails_says_why(drawer: Path, tmp_path: Path) -> None:
     folder = tmp_path / "evaluations"
     folder.mkdir()
@@ -94,13 +129,14 @@ def test_an_evaluation_that_fails_says_why(drawer: Path, tmp_path: Path) -> None
     assert "Traceback" not in done.stderr
 
 
-def test_patience_counts_evaluations_since_the_best(drawer: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_the_end", [1, 5])
+def test_patience_counts_evaluations_that_brought_nothing_better(by_the_end: int, drawer: Path, tmp_path: Path) -> None:
     flags = ("--updates", "900", "--eval-every", "10", "--patience", "2")
     run = Run(parse(arguments(drawer, tmp_path / "run", *flags)))
     evaluations = Evaluations(run)
     folder = tmp_path / "run" / "evaluations"
     folder.mkdir(parents=True)
-    for update, successes, exhausted in ((10, 3, False), (20, 5, False), (30, 4, False), (40, 1, True)):
+    for update, successes, exhausted in ((10, 3, False), (20, 5, False), (30, 4, False), (40, by_the_end, True)):
         result = {"update": update, "successes": successes, "episodes": 10}
         (folder / f"update-{update:07d}.json").write_text(json.dumps(result))
         assert evaluations.exhausted is exhausted

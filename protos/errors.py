@@ -4,6 +4,8 @@ from enum import Enum
 
 RETRY = "x-retry"
 """gRPC metadata of a call that may have been answered already, with any value: then its answer is looked for first."""
+LONGEST = 400
+"""Characters of each text of a refusal: what came may be long, headers and log lines may not."""
 
 
 class Status(Enum):
@@ -22,7 +24,7 @@ class Status(Enum):
 
 
 class Rejected(ValueError):
-    """Input that was refused, and why.
+    """Input that was refused, and why. Texts are cut to LONGEST characters each.
 
     Attributes:
         field: dotted path of the offending field, e.g. "observation.depth".
@@ -35,10 +37,16 @@ class Rejected(ValueError):
     def __init__(
         self, field: str, expected: str, got: str, remedy: str = "", status: Status = Status.INVALID_ARGUMENT
     ) -> None:
-        self.field, self.expected, self.got, self.remedy, self.status = field, expected, got, remedy, status
-        super().__init__(f"{field}: expected {expected}, got {got}" + (f"; {remedy}" if remedy else ""))
+        self.field, self.expected, self.got, self.remedy = map(_cut, (field, expected, got, remedy))
+        self.status = status
+        told = f"{self.field}: expected {self.expected}, got {self.got}"
+        super().__init__(f"{told}; {self.remedy}" if remedy else told)
 
 
 def shown(text: str, length: int = 64) -> str:
     """A caller's text in a form that is safe to log and to send back: quoted, escaped, and cut to `length`."""
-    return ascii(text if len(text) <= length else text[: length - 3] + "...")
+    return ascii(_cut(text, length))
+
+
+def _cut(text: str, length: int = LONGEST) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."

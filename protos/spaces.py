@@ -183,7 +183,7 @@ class ObservationSpec:
         if not 0 < self.extent_m < math.inf or not math.isfinite(self.plane_above_tool_m):
             raise ValueError(f"lengths must be finite, got {self.extent_m} and {self.plane_above_tool_m}")
         axes = np.array([self.row_axis, self.col_axis])
-        if not np.array_equal(axes @ axes.T, np.eye(2)):
+        if axes.shape != (2, 2) or not np.array_equal(axes @ axes.T, np.eye(2)):
             raise ValueError(
                 f"row_axis and col_axis must be orthonormal world directions, got {self.row_axis}, {self.col_axis}"
             )
@@ -205,6 +205,10 @@ class ObservationSpec:
         return offset_m @ np.array([self.row_axis, self.col_axis]).T / per_pixel + (self.height - 1) / 2
 
 
+LONGEST_CONTRACT = 64 * 1024
+"""Characters of a contract's JSON, which has one or two thousand: a stranger may send it."""
+
+
 @dataclass(frozen=True)
 class PolicySpec:
     """The contract between dataset, policy, server and controller."""
@@ -220,6 +224,8 @@ class PolicySpec:
     def from_json(cls, text: str) -> "PolicySpec":
         """The inverse of `to_json`. Raises Rejected naming the part that does not parse."""
         try:
+            if len(text) > LONGEST_CONTRACT:
+                raise ValueError(f"{len(text)} characters, more than {LONGEST_CONTRACT}")
             raw = json.loads(text)
             observation: dict[str, Any] = {
                 k: tuple(v) if isinstance(v, list) else v for k, v in raw["observation"].items()

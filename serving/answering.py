@@ -17,7 +17,7 @@ from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from protos.errors import Rejected, Status
+from protos.errors import LONGEST, Rejected, Status
 from serving.dispatcher import Caller
 from serving.logs import Throttle
 from serving.metrics import Metrics, Phases
@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 DOMAIN = "equiserve"
 REQUEST_ID = "x-request-id"
 SAFE_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
-TOLD = 400
-"""Characters of a refusal's parts: what came may be long, and headers may not."""
 
 
 class Arrival(NamedTuple):
@@ -161,7 +159,7 @@ ADMIN_METHODS = frozenset(("LoadPolicy", "UnloadPolicy", "SetDefaultPolicy", "Dr
 
 def status_of(rejected: Rejected) -> status_pb2.Status:
     """google.rpc.Status with a BadRequest for people's tools and an ErrorInfo (field, expected, got) for programs."""
-    parts = {name: getattr(rejected, name)[:TOLD] for name in ("field", "expected", "got", "remedy")}
+    parts = {name: getattr(rejected, name) for name in ("field", "expected", "got", "remedy")}
     violation = error_details_pb2.BadRequest.FieldViolation(
         field=parts["field"], description=f"expected {parts['expected']}, got {parts['got']}"
     )
@@ -169,5 +167,5 @@ def status_of(rejected: Rejected) -> status_pb2.Status:
     details[0].Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     details[1].Pack(error_details_pb2.ErrorInfo(reason=rejected.status.value, domain=DOMAIN, metadata=parts))
     return status_pb2.Status(
-        code=code_pb2.Code.Value(rejected.status.value), message=str(rejected)[: 2 * TOLD], details=details
+        code=code_pb2.Code.Value(rejected.status.value), message=str(rejected)[: 2 * LONGEST], details=details
     )

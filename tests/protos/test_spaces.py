@@ -179,3 +179,8 @@ def test_pixels_lie_where_the_world_is():
     np.testing.assert_allclose(OBSERVATION.pixel_of(np.array([half, half])), [-0.5, -0.5])
     np.testing.assert_allclose(OBSERVATION.pixel_of(np.array([-half, half])), [edge, -0.5])
     np.testing.assert_allclose(OBSERVATION.pixel_of(np.array([half, -half])), [-0.5, edge])
+
+
+def test_axes_are_two_vectors_of_two():
+    with pytest.raises(ValueError, match="orthonormal"):
+        replace(OBSERVATION, row_axis=(-1, 0, 0), col_axis=(0, -1, 0))

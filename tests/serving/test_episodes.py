@@ -1,5 +1,7 @@
 """Episodes: a pinned policy, steps answered once and in order, limits of their own."""
 
+import json
+import logging
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +137,17 @@ def test_another_contract_is_refused_by_the_field_that_differs(running):
 )
 def test_a_start_that_makes_no_sense_is_refused(running, asked, field):
     assert refusal(running.stub.StartEpisode, asked)[1]["field"] == field
+
+
+def test_a_contract_cannot_be_made_to_fill_the_log(running, caplog):
+    """Every number of an axis was told twice, and the log had them all."""
+    contract = json.loads(small_spec().to_json())
+    contract["observation"] |= {"row_axis": [-1, 0, *[0] * 9000], "col_axis": [0, -1, *[0] * 9000]}
+    contract["observation"]["gripper"] = "held" * 9000
+    for text in (json.dumps(contract), json.dumps(contract)[:-1] + " " * 4_000_000 + "}"):
+        with caplog.at_level(logging.INFO):
+            assert refusal(running.stub.StartEpisode, pb.StartEpisodeRequest(contract=text))[1]["field"] == "contract"
+    assert all(len(record.getMessage()) < 2000 for record in caplog.records)
 
 
 def test_limits_of_an_episode_hold_in_it_alone(serve, tmp_path):

@@ -53,8 +53,8 @@ def new_token(name: str, roles: Iterable[str], file: Path) -> str:
     known = read_tokens(file) if file.exists() else []
     if name in [token.name for token in known]:
         raise StartupError(f"{file} has a token for {name} already; remove its line first")
-    before = file.read_text() if file.exists() else "# name roles sha256(token); made by python -m serving.tokens\n"
-    write_atomically(file, (before + line + "\n").encode())
+    before = file.read_text() if file.exists() else "# name roles sha256(token); made by python -m serving.tokens"
+    write_atomically(file, "\n".join([*before.splitlines(), line, ""]).encode())  # an editor may leave no last newline
     file.chmod(0o600)
     return secret
 
@@ -137,16 +137,16 @@ class Doorman(grpc.ServerInterceptor):
         return continuation(details)
 
     def _closed(self, handler: Any, method: str, rejected: Rejected) -> Any:
-        """A handler of the same shape that refuses."""
+        """A handler that looks the same on the wire and refuses; having a stream of requests, it waits for none."""
         if handler is None:
             return None
 
-        def refuse(_request: Any, context: grpc.ServicerContext) -> None:
+        def refuse(_requests: Any, context: grpc.ServicerContext) -> None:
             self._refused(method.rpartition("/")[2], rejected, context)
 
-        if handler.request_streaming:
+        if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(refuse)
-        return grpc.unary_unary_rpc_method_handler(refuse)
+        return grpc.stream_unary_rpc_method_handler(refuse)
 
 
 class Certificates:
@@ -160,7 +160,8 @@ class Certificates:
         try:
             self._config = self._read()
         except (OSError, ssl.SSLError) as error:
-            raise StartupError(f"--tls-cert {cert} and --tls-key {key}: {error}") from error
+            flags = f"--tls-cert {cert} and --tls-key {key}" + (f", --tls-client-ca {client_ca}" if client_ca else "")
+            raise StartupError(f"{flags}: {error}") from error
         self._stamp = self._stamps()
 
     def credentials(self) -> grpc.ServerCredentials:
@@ -182,12 +183,12 @@ class Certificates:
 
     def _read(self) -> Any:
         cert, key = self._files[:2]
+        contents = [file.read_bytes() for file in self._files]  # of a missing file, ssl's error has no name
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
-        authority = None
         if self._client_ca:
             ssl.create_default_context(cafile=self._client_ca)
-            authority = self._client_ca.read_bytes()
-        return grpc.ssl_server_certificate_configuration([(key.read_bytes(), cert.read_bytes())], authority)
+        authority = contents[2] if self._client_ca else None
+        return grpc.ssl_server_certificate_configuration([(contents[1], contents[0])], authority)
 
     def _stamps(self) -> tuple[float, ...]:
         return tuple(file.stat().st_mtime_ns for file in self._files)

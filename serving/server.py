@@ -51,6 +51,8 @@ MAX_REQUEST_BYTES = 4 * 1024 * 1024
 LOOKAHEAD_BYTES = 256 * 1024
 """A message of 64 KiB and a little, as most are, comes without asking for more room in the middle of it."""
 MAX_METADATA_BYTES = 16 * 1024
+KEEPALIVE_MS = 10_000
+"""Who has a call here and answers no ping for so long is gone: his message, which a thread waits for, will not come."""
 THREADS = 32
 """More than inferences and waiting calls together, so that a refusal or a health check always finds one."""
 MAX_CONCURRENT_CALLS = 256
@@ -101,6 +103,8 @@ class Server:
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
                 ("grpc.max_metadata_size", MAX_METADATA_BYTES),
                 ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
+                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+                ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
                 ("grpc.so_reuseport", 0),  # or two servers could share a port and answer in turns
             ],
             maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,

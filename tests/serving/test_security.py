@@ -3,6 +3,7 @@
 import itertools
 import logging
 import ssl
+import threading
 from pathlib import Path
 
 import grpc
@@ -216,6 +217,34 @@ def test_a_token_needs_a_name(tmp_path, name):
     assert not (tmp_path / "tokens").exists()
 
 
+def test_a_token_is_added_to_a_file_without_a_last_newline(tmp_path):
+    file = tmp_path / "tokens"
+    first = new_token("first", ("act",), file)
+    file.write_text(file.read_text().rstrip("\n"))
+    second = new_token("second", ("act",), file)
+    gate = Gate(file)
+    for name, secret in (("first", first), ("second", second)):
+        assert gate.require("/service/Method", [("authorization", f"Bearer {secret}")]) == name
+
+
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+
+
+@pytest.mark.parametrize("method", ["/equiserve.v1.PolicyService/GetPolicy", REFLECTION])
+def test_a_stranger_is_refused_without_waiting_for_his_message(serve, healthy, secrets, method):
+    """He could keep every thread waiting for what he never sends."""
+    running, never = serve(policy=(str(healthy),), tokens=secrets[0]), threading.Event()
+
+    def silence():
+        never.wait()
+        yield b""
+
+    try:
+        assert code_of(lambda: running.channel.stream_stream(method)(silence(), timeout=10)) == "UNAUTHENTICATED"
+    finally:
+        never.set()
+
+
 def test_a_name_is_given_once(tmp_path):
     new_token("arm", ("act",), tmp_path / "tokens")
     with pytest.raises(StartupError, match="already"):
@@ -263,6 +292,11 @@ def test_certificates_are_replaced_without_a_restart(healthy, pki, tmp_path):
 def test_what_cannot_be_secured_does_not_start(healthy, changed, words):
     with pytest.raises(StartupError, match=words):
         Server(settings(healthy, **changed))
+
+
+def test_an_authority_that_is_missing_is_named(healthy, pki):
+    with pytest.raises(StartupError, match=r"--tls-client-ca nowhere\.pem.*'nowhere\.pem'"):
+        Server(settings(healthy, **server_flags(pki, "TLS"), tls_client_ca=Path("nowhere.pem")))
 
 
 def test_a_certificate_and_another_key_do_not_start(healthy, pki):

@@ -93,6 +93,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
                     tasks.setdefault(task.policy, []).append((i, task))
                 except Rejected as refused:
                     items[i].status.CopyFrom(_item_status(refused))
+            self._dispatcher.asks_more(call.client, max(0, sum(map(len, tasks.values())) - 1))
             for policy, group in tasks.items():
                 size = self._dispatcher.part(call.client, BATCH)  # others get their turns in between
                 for start in range(0, len(group), size):

@@ -69,6 +69,17 @@ def test_others_get_their_turn_within_a_batch(serve, healthy, monkeypatch):
     assert [item.status.code for item in items] == [0] * 8 + [8] * 8 + [0] * 4
 
 
+def test_a_batch_counts_whole_in_however_small_parts(serve, healthy, monkeypatch):
+    """In parts of one, which is what beside a robot it comes in, it would count as one call, and get more."""
+    running = serve(policy=(f"tiny={healthy}",))
+    dispatcher = running.server.dispatcher
+    monkeypatch.setattr(dispatcher, "part", lambda name, most: 1)
+    requests = [acting(i) for i in range(20)]
+    running.stub.GetActionBatch(pb.GetActionBatchRequest(requests=requests))
+    (client,) = dispatcher._rhythm._clients.values()
+    assert client.asks.events > 10
+
+
 def test_a_deadline_is_the_whole_calls(serve, healthy, monkeypatch):
     running = serve(policy=(f"tiny={healthy}",))
 

@@ -201,6 +201,16 @@ def test_who_waits_for_the_same_policy_shares_a_run(pool, model):
     assert model.runs == [["first"], ["b", "c", "d"], ["e"]]
 
 
+def test_who_shares_a_run_has_had_an_inference_too(pool, model):
+    dispatcher = Dispatcher(concurrency=1, queue=8, max_batch=3)
+    for name in ("first", "b", "c"):
+        dispatcher.admit(name)
+    calls = [ask(pool, dispatcher, model, name) for name in ("first", "b", "c")]
+    model.go.release(2)
+    assert all(call.result(5) for call in calls)
+    assert [client.starts.events for client in dispatcher._rhythm._clients.values()] == [1.0, 1.0, 1.0]
+
+
 def test_a_failure_of_a_shared_run_is_everyones(pool, model):
     dispatcher = Dispatcher(concurrency=1, queue=8, max_batch=3)
     calls = [ask(pool, dispatcher, model, name) for name in ("first", "fail", "c")]

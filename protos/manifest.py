@@ -74,13 +74,14 @@ class Manifest:
         for name in ("task", "algorithm", "dataset_id", "dataset_sha256", "code_version"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be text, got {getattr(self, name)!r}")
+            getattr(self, name).encode()  # JSON can hold half a surrogate pair, the wire cannot
         if not self.task:
             raise ValueError("task must not be empty: callers ask for a policy by it")
         if self.equivariance not in EQUIVARIANCE:  # a typing error must not switch the symmetry proof off
             raise ValueError(f"equivariance must be one of {EQUIVARIANCE}, got {self.equivariance!r}")
         for name in ("seed", "updates"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+            if not isinstance(getattr(self, name), int) or not 0 <= getattr(self, name) < 2**64:
+                raise ValueError(f"{name} must be a whole number below 2^64, got {getattr(self, name)!r}")
         for name in ("equivariance_error_90", "equivariance_error_45"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")

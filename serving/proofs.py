@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from protos.errors import Rejected, Status
+from protos.errors import Rejected, Status, shown
 from protos.spaces import Kind
 from protos.symmetry import QUARTER_TURNS, Element, Group
 from serving.errors import PolicyRefused
@@ -45,6 +45,16 @@ def prove(policy: Policy) -> Policy:
     Raises:
         PolicyRefused: with every proof that failed, not just the first: two together often tell the cause.
     """
+    try:
+        return _proved(policy)
+    except PolicyRefused:
+        raise
+    except Exception as error:  # of the runtime, say: whatever a file does, it must not take the server with it
+        reason = _refusal("runs", "a policy that can be asked for proofs", shown(repr(error), 300))
+        raise PolicyRefused(policy.file, [reason]) from error
+
+
+def _proved(policy: Policy) -> Policy:
     pairs = policy.manifest.golden
     answers = policy.act_batch(pairs.depth, pairs.gripper)
     if not (np.isfinite(answers.action).all() and np.isfinite(answers.normalized).all()):

@@ -110,7 +110,7 @@ class Recorder:
                 self._write(item.kind(**item.fields), item.time_ns)
                 self.recorded += 1
                 self._say(None)
-            except OSError as error:
+            except Exception as error:  # the disk's, as a rule; whatever it is, the next message may be fine
                 self._close()
                 with self._counting:
                     self.dropped += 1
@@ -125,7 +125,7 @@ class Recorder:
                 break
         return self._queue.get()
 
-    def _say(self, error: OSError | None) -> None:
+    def _say(self, error: Exception | None) -> None:
         """Once when it begins to fail, and once when it has ended: a full disk may stay so for days."""
         if error is not None and not self._failing:
             log.error("recorder: cannot write, dropping what comes, trying again each %g s: %s", TRY_AGAIN_S, error)

@@ -76,6 +76,8 @@ def test_every_missing_key_is_refused(key):
         {"equivariance": None},
         {"seed": -1},
         {"seed": "3"},
+        {"seed": 2**64},
+        {"task": "\ud800"},
         {"equivariance_error_90": float("nan")},
         {"equivariance_error_90": "small"},
         {"equivariance_error_45": -1.0},

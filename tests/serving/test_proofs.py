@@ -1,5 +1,7 @@
 """Every broken export is refused, each by the proof that is there for it, and the message says what was found."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -89,3 +91,14 @@ def test_golden_observations_must_be_twins(tmp_path, policy):
     alone = Golden(golden.depth[1:2], golden.gripper[1:2], golden.action[1:2])
     with pytest.raises(PolicyRefused, match=r"proof\.gripper: expected golden observations in twins"):
         prove(load(tiny_policy_file(tmp_path / "p.onnx", golden=alone)))
+
+
+def test_a_policy_that_fails_while_it_is_proved_is_refused_like_any_other(policy):
+    class Session:
+        get_outputs = policy.session.get_outputs
+
+        def run(self, *_):
+            raise RuntimeError("not with a batch of 8")
+
+    with pytest.raises(PolicyRefused, match=r"proof\.runs.*not with a batch of 8"):
+        prove(replace(policy, session=Session()))

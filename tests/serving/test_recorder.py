@@ -191,6 +191,26 @@ def test_a_full_disk_costs_messages_and_nothing_else(record, tmp_path, monkeypat
     assert len([r for r in caplog.records if "writes again" in r.message]) == 1
 
 
+def test_what_cannot_be_written_is_dropped_and_the_next_is_written(record, tmp_path, monkeypatch, caplog):
+    """Its thread must not die of one message, and record nothing from then on."""
+    monkeypatch.setattr(recorder_module, "TRY_AGAIN_S", 0.0)
+    answers = [ValueError("value out of range"), [INFO]]
+
+    def live():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    recorder = record(live=live)
+    for number in (1, 2):
+        put(recorder, number)
+    recorder.close()
+    assert (recorder.recorded, recorder.dropped) == (1, 1)
+    assert numbers_of(tmp_path) == [2]
+    assert "cannot write" in caplog.text
+
+
 def test_a_full_disk_is_not_filled_with_empty_files(record, tmp_path, monkeypatch):
     monkeypatch.setattr(recorder_module, "TRY_AGAIN_S", 0.0)
     Disk(monkeypatch).room = 60

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -104,6 +105,8 @@ class Config:
         for name, low in lowest.items():
             if not low <= getattr(self, name) < math.inf:
                 raise StartupError(f"{name} must be finite and at least {low}, got {getattr(self, name)}")
+        if self.metrics_port is not None and not 0 <= self.metrics_port < 2**16:
+            raise StartupError(f"metrics_port must be a port, 0 to 65535, got {self.metrics_port}")
         if not self.policy and not self.policies:
             raise StartupError("no policy: give --policy policy.onnx, or --policies FOLDER")
         if self.policies and not self.policies.is_dir():
@@ -137,6 +140,11 @@ class Config:
         return FrameRules(self.frozen_after, self.invalid_share, self.strict_frames)
 
 
+SETTINGS = {f.name for f in fields(Config)} - {"check_config"}
+"""What a file and the environment may name."""
+LINK = re.compile(r"(\w+_)?(service_(host|port(_\w+)?)|port(_\d+_\w+)?)")
+
+
 def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> Config:
     """The settings of --config, the environment and the flags.
 
@@ -145,7 +153,8 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
     """
     flags = list(sys.argv[1:] if arguments is None else arguments)
     settings = {**_from_file(flags), **_from_environment(environment)}
-    given = {flag.split("=")[0].removeprefix("--no-").removeprefix("--").replace("-", "_") for flag in flags}
+    named = [flag.split("=")[0].removeprefix("--no-").removeprefix("--") for flag in flags if flag.startswith("--")]
+    given = {name.replace("-", "_") for name in named}
     defaults = [part for name, value in settings.items() if name not in given for part in _as_flags(name, value)]
     return tyro.cli(Config, args=defaults + flags, prog="python -m serving.server")
 
@@ -173,8 +182,14 @@ def _from_file(flags: list[str]) -> dict[str, Any]:
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     found = {k.removeprefix(ENVIRONMENT).lower(): v for k, v in environment.items() if k.startswith(ENVIRONMENT)}
+    found = {name: text for name, text in found.items() if not _is_link(name, text)}
     _require_known(found, "the environment")
     return {name: _value(text) for name, text in found.items()}
+
+
+def _is_link(name: str, text: str) -> bool:
+    """Kubernetes tells every container of a namespace where a Service called equiserve, or equiserve-more, is."""
+    return bool(LINK.fullmatch(name)) and (name not in SETTINGS or "://" in text)
 
 
 def _value(text: str) -> Any:
@@ -186,10 +201,10 @@ def _value(text: str) -> Any:
 
 
 def _require_known(settings: Mapping[str, Any], where: str) -> None:
-    known = {f.name for f in fields(Config)} - {"check_config"}
-    unknown = sorted(set(settings) - known)
+    unknown = sorted(set(settings) - SETTINGS)
     if unknown:
-        raise StartupError(f"{where}: no setting is called {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        there_are = ", ".join(sorted(SETTINGS))
+        raise StartupError(f"{where}: no setting is called {', '.join(unknown)}; there are {there_are}")
 
 
 def _as_flags(name: str, value: Any) -> list[str]:

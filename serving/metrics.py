@@ -60,7 +60,7 @@ class Metrics:
 
     def record(self, method: str, code: str, seconds: float, phases: Phases) -> None:
         """One call, once its status is known."""
-        self._timings.observe(method, code, seconds, phases.seconds)
+        self._timings.observe(method, code, seconds, phases.seconds if method == "GetAction" else {})
         if code == "OK" and method == "GetAction":
             self._recent["call"].append(seconds)
             for phase, spent in phases.seconds.items():

@@ -102,7 +102,9 @@ class Sessions:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._open)
+        with self._lock:
+            self._forget_idle()
+            return len(self._open)
 
     def start(self, policy: Policy, envelope: Envelope, mode: pb.Mode, seed: int) -> Episode:
         """Raises Rejected, RESOURCE_EXHAUSTED, when too many are open."""

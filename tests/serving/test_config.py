@@ -71,6 +71,23 @@ def test_every_kind_of_setting_fits_into_a_variable():
     assert (config.workspace[1], config.limits, config.metrics_port) == (0.7, {"planar": 0.03}, 9090)
 
 
+def test_a_value_is_not_taken_for_a_flag():
+    """A name that is also a setting's would switch that setting off, tokens for example, without a word."""
+    environment = {"EQUISERVE_TOKENS": "file", "EQUISERVE_QUEUE": "7"}
+    config = parse(["--default-policy", "tokens", "--policy", "queue=p.onnx"], environment)
+    assert (str(config.tokens), config.queue) == ("file", 7)
+
+
+def test_the_neighbours_that_kubernetes_tells_of_are_no_settings():
+    links = {
+        "EQUISERVE_SERVICE_HOST": "10.0.0.1", "EQUISERVE_SERVICE_PORT": "50051", "EQUISERVE_SERVICE_PORT_GRPC": "50051",
+        "EQUISERVE_PORT": "tcp://10.0.0.1:50051", "EQUISERVE_PORT_50051_TCP": "tcp://10.0.0.1:50051",
+        "EQUISERVE_PORT_50051_TCP_ADDR": "10.0.0.1", "EQUISERVE_METRICS_SERVICE_HOST": "10.0.0.2",
+        "EQUISERVE_METRICS_PORT": "tcp://10.0.0.2:9090",
+    }  # fmt: skip
+    assert parse(["--policy", "p.onnx"], links) == parse(["--policy", "p.onnx"], {})
+
+
 @pytest.mark.parametrize(
     ("content", "environment", "words"),
     [
@@ -83,6 +100,7 @@ def test_every_kind_of_setting_fits_into_a_variable():
         ("check_config = true\npolicy = 'a.onnx'", {}, "no setting is called check_config"),
         ("listen = 'localhost:1'", {}, "no policy"),
         ("policies = '/nowhere'", {}, "must be a folder"),
+        ("policy = 'a.onnx'\nmetrics_port = 70000", {}, "metrics_port must be a port"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, content, environment, words):

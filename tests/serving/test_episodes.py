@@ -186,6 +186,7 @@ def test_episodes_are_bounded_and_idle_ones_forgotten(serve, healthy):
     assert refusal(running.stub.StartEpisode, pb.StartEpisodeRequest())[0] == "RESOURCE_EXHAUSTED"
     for episode in map(running.server.sessions.get, ids[:2]):
         episode.touched -= 1.0
+    assert running.stub.GetStats(pb.GetStatsRequest()).open_episodes == 1
     assert refusal(running.stub.GetAction, acting(1, episode_id=ids[0], step=1))[0] == "NOT_FOUND"
     running.stub.GetAction(acting(1, episode_id=ids[2], step=1))
     assert running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id not in ids

@@ -32,11 +32,13 @@ def test_calls_are_counted_by_status_and_timed_by_phase(serve, healthy):
         running.stub.GetAction(pb.GetActionRequest(observation=pack_observation(scene(0))))
     with pytest.raises(grpc.RpcError):
         running.stub.GetAction(pb.GetActionRequest())
+    running.stub.GetActionBatch(pb.GetActionBatchRequest(requests=[acting(1), acting(2)]))
     text = scrape(running.server.metrics_port)
     counts = dict(re.findall(r'equiserve_call_seconds_count\{code="(\w+)",method="GetAction"\} ([\d.]+)', text))
     assert counts == {"OK": "3.0", "INVALID_ARGUMENT": "1.0"}
     for phase in ("queue", "decode", "inference", "safety", "encode"):
-        assert f'equiserve_phase_seconds_count{{phase="{phase}"}}' in text
+        of_calls = 3 if phase in ("inference", "safety", "encode") else 4  # of an action, not of a batch
+        assert f'equiserve_phase_seconds_count{{phase="{phase}"}} {of_calls}.0' in text
     assert 'le="0.0001"' in text
 
 

@@ -86,6 +86,19 @@ def test_missing_metadata(tmp_path, policy, key):
     assert refusal_of(tiny_policy_file(tmp_path / "p.onnx", metadata=metadata)).field == key
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_operators_of_its_own_that_it_does_not_declare(tmp_path, healthy, within):
+    """The runtime takes its own even then; in a branch, too."""
+    model = onnx.load(healthy)
+    own = helper.make_node("Gelu", ["normalized_action"], ["extra"], domain="com.microsoft")
+    if within:
+        graph = helper.make_graph([own], "branch", [], [])
+        own = helper.make_node("If", ["depth"], ["extra"], then_branch=graph, else_branch=graph)
+    model.graph.node.append(own)
+    (tmp_path / "p.onnx").write_bytes(model.SerializeToString())
+    assert "com.microsoft" in refusal_of(tmp_path / "p.onnx").got
+
+
 def test_no_metadata_at_all(tmp_path):
     assert refusal_of(tiny_policy_file(tmp_path / "p.onnx", metadata={})).field == MANIFEST_KEY
 

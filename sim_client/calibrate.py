@@ -30,15 +30,15 @@ def calibrate(
 ) -> tuple[float, float]:
     """(noise, its success rate), as near to `target` as noise can make it, from a logistic curve over all rounds.
 
-    `make(noise)(first_seed)` is a recorder. The answer is kept in `folder`: an interrupted collection goes on with it.
+    `make(noise)(first_seed)` is a recorder. Each round is kept in `folder`: an interrupted collection goes on there.
     """
-    answer = folder / "calibration.json"
-    if answer.exists():
-        found = json.loads(answer.read_text())
-        return found["noise"], found["success"]
-    noise, tried, successes = (LEAST * MOST) ** 0.5, [], []
-    with tqdm(total=ROUNDS * EPISODES, unit="episode", desc="calibrate the noise") as bar:
-        for turn in range(ROUNDS):
+    kept = folder / "calibration.json"
+    found = json.loads(kept.read_text()) if kept.exists() else {"tried": [], "successes": []}
+    tried, successes = found["tried"], found["successes"]
+    noise, success = _noise_for(target, np.log(tried), np.array(successes)) if tried else ((LEAST * MOST) ** 0.5, 0.0)
+    done = len(tried)
+    with tqdm(total=ROUNDS * EPISODES, initial=done * EPISODES, unit="episode", desc="calibrate the noise") as bar:
+        for turn in range(done, ROUNDS):
             scratch = Partial(folder / f"noise{turn}", {"noise": noise})
             scenes = bind(make(noise), CALIBRATED + turn * EPISODES)
             tried.append(noise)
@@ -50,7 +50,7 @@ def calibrate(
             scratch.remove()
             bar.set_postfix_str(f"noise {noise:.2f}: {successes[-1] / EPISODES:.0%}")
             noise, success = _noise_for(target, np.log(tried), np.array(successes))
-    write_atomically(answer, json.dumps({"noise": noise, "success": success}).encode())
+            write_atomically(kept, json.dumps({"tried": tried, "successes": successes}).encode())
     return noise, success
 
 

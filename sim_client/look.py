@@ -1,5 +1,6 @@
 """Draw what the robot sees while its scene is turned, for people to check: `python -m sim_client.look --help`."""
 
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ import gymnasium
 import matplotlib
 import tyro
 
+from protos.files import write_atomically
 from protos.spaces import SPEC
 from sim_client import ENV_IDS, TaskName
 from sim_client.world import unwrapped
@@ -57,8 +59,9 @@ def draw(config: Look) -> None:
         depth_axis.set_xlabel("column, towards the robot's right")
         depth_axis.set_ylabel("row, towards the robot")
     figure.colorbar(image, ax=axes[1], label="depth, m", shrink=0.8)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(config.output, dpi=80)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=80, format=config.output.suffix.removeprefix(".") or "png")
+    write_atomically(config.output, picture.getvalue())
     plt.close(figure)
     env.close()
 

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import io
 import math
 import multiprocessing
 import time
@@ -120,8 +121,9 @@ def picture(task: TaskName, path: Path) -> None:
         view.set_title("what the policy sees")
         for axis in (scene, view):
             axis.axis("off")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=60)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=60, format="png")
+    write_atomically(path, picture.getvalue())
     plt.close(figure)
     env.close()
 

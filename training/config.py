@@ -4,10 +4,11 @@ import argparse
 import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import tyro
 import yaml
+from typeguard import TypeCheckError, check_type
 
 from protos.errors import Rejected
 from training.agents.bc import BCConfig
@@ -146,10 +147,10 @@ def _preset(name: str) -> RunConfig:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
         raise Rejected("--preset", f"{known}, or the path of a .yaml file", name, "copy one of training/presets")
-    values = yaml.safe_load(path.read_text())
     try:
+        values = yaml.safe_load(path.read_text())
         return RunConfig(**_typed({"dataset": tyro.MISSING, "output": tyro.MISSING, "preset": name} | values))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, yaml.YAMLError) as error:
         raise Rejected(f"--preset {name}", "settings of training.run", str(error), "see --help") from error
 
 
@@ -171,14 +172,30 @@ def _to_resume(output: Path) -> RunConfig:
 
 
 def _typed(values: dict[str, Any]) -> dict[str, Any]:
-    """What YAML and JSON hold, as the types of RunConfig's fields."""
+    """What YAML and JSON hold, as the types of RunConfig's fields. Raises TypeError where it is of another."""
     typed = dict(values)
     for name, made in NESTED.items():
         if name in values:
-            typed[name] = made(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()})
+            part = values[name] or {}  # a heading alone
+            if not isinstance(part, dict):
+                raise TypeError(f"{name} = {part!r}: settings by name were expected below it")
+            typed[name] = made(**_checked(made, {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}))
     if isinstance(values["dataset"], str):
         typed["dataset"] = Path(values["dataset"])
-    return typed
+    return _checked(RunConfig, typed)
+
+
+def _checked(made: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The values, if they are what the fields of `made` say; names that are no fields are left to it."""
+    kinds = get_type_hints(made)
+    for name, value in values.items():
+        try:
+            if name in kinds and value is not tyro.MISSING:
+                check_type(value, kinds[name])
+        except TypeCheckError as error:
+            hint = "; YAML takes 1e-4 for text, write 1.0e-4" if isinstance(value, str) else ""
+            raise TypeError(f"{name} = {value!r}: {error}{hint}") from error
+    return values
 
 
 def _require_same(recorded: RunConfig, given: RunConfig) -> None:

@@ -80,7 +80,7 @@ def server(policy: Path, *flags: str) -> Iterator[str]:
 def demonstrate(config: Demo) -> Path:
     """Run all stages and return the report's path. Raises CalledProcessError when a stage fails."""
     data, run, report_path = config.output / "data", config.output / "train", config.output / "report.json"
-    for old in (data, run):
+    for old in (data, run, data.with_name(f".{data.name}.partial")):  # the last, of a collection that was interrupted
         shutil.rmtree(old, ignore_errors=True)
     seed = ("--seed", str(config.seed))
     stages = Stages(config.setup_seconds)

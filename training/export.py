@@ -158,12 +158,18 @@ def code_version() -> str:
         version = importlib.metadata.version("equiserve")
     except importlib.metadata.PackageNotFoundError:
         version = "uninstalled"
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    here = Path(__file__)
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here.parent), *command], capture_output=True, text=True, check=True
+        ).stdout
+
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        git("ls-files", "--error-unmatch", here.name)  # else the checkout around is another project's
+        return f"{version}+{git('rev-parse', '--short=12', 'HEAD').strip()}"
     except (OSError, subprocess.CalledProcessError):
         return version
-    return f"{version}+{commit}"
 
 
 def _random_observations(spec: PolicySpec, rng: np.random.Generator) -> State:

@@ -209,7 +209,7 @@ def main() -> int:
     logging.getLogger("training").setLevel(logging.INFO)
     try:
         train(config)
-    except (Rejected, Diverged, EvaluationError, ExportError) as error:
+    except (Rejected, Diverged, EvaluationError, ExportError, OSError) as error:
         print(f"training stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,12 +1,14 @@
 """Collection: what is written is what happened, whoever acts, however many record, however often interrupted."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,12 @@ import pytest
 from protos.spaces import ACTION, SPEC
 from serving.errors import PolicyRefused
 from sim_client import workers
-from sim_client.collect import Collect, Summary, collect
+from sim_client.calibrate import calibrate
+from sim_client.collect import Collect, Summary, _noisy_recorder, collect
 from sim_client.episodes import Episode
 from sim_client.randomization import Randomization
 from sim_client.store import read, read_about
+from sim_client.workers import Record
 from sim_client.world import World
 from tests.makers import tiny_policy_file
 from tests.sim_client.test_store import same
@@ -112,6 +116,25 @@ def test_a_calibrated_behaviour_says_what_was_found(tmp_path: Path, monkeypatch:
     assert notes["target_success"] == 0.5
     assert 0 <= notes["calibrated_success"] <= 1
     assert notes["noise"] > 0
+
+
+def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim_client.calibrate.EPISODES", 2)
+    config, played = Collect(output=tmp_path / "d", task="block_picking", episodes=1, behavior="noisy", noise=1.0), []
+
+    def found(rounds: int, folder: str) -> tuple[float, float]:
+        def make(noise: float) -> Callable[[int], Record]:
+            played.append(noise)
+            return functools.partial(_noisy_recorder, config, noise)
+
+        monkeypatch.setattr("sim_client.calibrate.ROUNDS", rounds)
+        return calibrate(make, tmp_path / folder, 0.5, workers=1)
+
+    whole = found(3, "whole")
+    found(2, "halves")
+    assert found(3, "halves") == whole
+    assert found(3, "halves") == whole
+    assert played[:3] == played[3:]  # each round once
 
 
 def test_an_interrupted_collection_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """policy.onnx: the same function as torch, with a manifest that a server can hold it to."""
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from serving.policy import load
 from serving.proofs import prove
 from tests.training.conftest import NETWORK, SMALL
 from tests.training.test_networks import random_state
+from training import export as export_module
 from training.agents.agent import Agent, Learner
 from training.agents.bc import BC, BCConfig
 from training.agents.cql import CQL, CQLConfig
@@ -246,3 +248,19 @@ def test_golden_actions_come_from_torch_not_from_the_graph(agent: Agent, policy:
             State(torch.from_numpy(golden.depth)[:, None], torch.from_numpy(golden.gripper)[:, None])
         ).mode()
     np.testing.assert_allclose(SMALL.action.normalize(golden.action), ours, atol=1e-6)
+
+
+def test_the_commit_of_a_checkout_around_an_installation_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wheel installed below another project's checkout."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *command], check=True)
+    installed = tmp_path / "lib" / "training" / "export.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    monkeypatch.setattr(export_module, "__file__", str(installed))
+    assert "+" not in export_module.code_version()
+    subprocess.run([*git, "add", "lib"], check=True)
+    assert "+" in export_module.code_version()

@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.training.test_run import arguments
@@ -57,3 +58,12 @@ def test_a_directory_without_a_run_is_an_error_that_says_so(
     assert main() == 1
     assert "expected a run of training.run" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_minutes_count_fast_updates_and_slow_ones(runs: list[Path]) -> None:
+    """Where values come first, an update of the first part takes longer."""
+    run = Run.read(runs[0])
+    steps = np.array([20, 40, 60, 80])
+    run.curves.clear()
+    run.curves["time/update_ms"] = steps, np.array([60_000.0, 20_000.0, 20_000.0, 20_000.0])
+    assert cell(run, "minutes") == f"{80 * 30_000 / 60e3:.1f}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from protos.errors import Rejected
 from training.agents.bc import BC
+from training.agents.iql import IQLConfig
 from training.config import parse
 from training.loop import Run
 from training.run import _record, train
@@ -213,6 +215,32 @@ def test_a_preset_may_be_your_own_file_and_a_wrong_one_says_what_there_is(tmp_pa
     mine.write_text("batch: 6\n")
     with pytest.raises(Rejected, match="unexpected keyword argument 'batch'"):
         parse(["--dataset", "d", "--output", "o", "--preset", str(mine)])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("augmentation: O2", "augmentation = 'O2'"),
+        ("batch_size: 32.0", "batch_size = 32.0"),
+        ("learning_rate: 1e-4", "write 1.0e-4"),
+        ("failures: Drop", "failures = 'Drop'"),
+        ("network:\n  fields: 3", "fields = 3"),
+        ("network: [1]", "network = "),
+        ("iql:\n  expectile: high", "expectile = 'high'"),
+        ("network: [", "flow node"),
+    ],
+)
+def test_a_preset_of_ones_own_is_checked(text: str, words: str, tmp_path: Path) -> None:
+    """A flag's choices are; what a file said was taken as it was, and meant something else without a word."""
+    (tmp_path / "mine.yaml").write_text(f"minutes: 3\n{text}\n")
+    with pytest.raises(Rejected, match=re.escape(words)):
+        parse(["--dataset", "d", "--output", "o", "--preset", str(tmp_path / "mine.yaml")])
+
+
+def test_a_heading_without_settings_is_none(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("minutes: 3\niql:\n  # expectile: 0.7\n")
+    config = parse(["--dataset", "d", "--output", "o", "--preset", str(tmp_path / "mine.yaml")])
+    assert config.iql == IQLConfig()
 
 
 def test_the_paper_preset_is_the_paper_s() -> None:

@@ -20,7 +20,7 @@ from tests.serving.test_metrics import counted
 
 @pytest.mark.parametrize("round_", range(3))
 def test_a_drain_under_load_fails_no_call_that_was_accepted(launch, healthy, round_):
-    process = launch("--policy", healthy, "--listen", "localhost:0", "--queue", "8")
+    process = launch("--policy", healthy, "--listen", "localhost:0", "--queue", "8", "--max-wait-ms", "10000")
     status, seen, answered = drained(process, address_of(process))
     assert status == 0
     assert seen["OK"] == answered > 0

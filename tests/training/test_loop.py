@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,28 +59,33 @@ def test_a_batch_is_shared_out_among_processes_or_refused() -> None:
         Processes(0, 3).share(32)
 
 
+def in_two_processes(module: str, *args: str) -> str:
+    """What they print."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
+    done = subprocess.run([*torchrun, *args], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 @pytest.mark.parametrize("flags", ["cql", "iql --iql.values-first 0.5"])
 def test_two_processes_train_one_agent(flags: str, reach_path: Path, tmp_path: Path) -> None:
     args = arguments(reach_path, tmp_path / "run", "--updates", "6", "--algo", *flags.split(), "--threads", "1")
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "training.run",
-    ]
-    done = subprocess.run([*torchrun, *args], capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 processes" in done.stdout
-    assert done.stdout.count("policy.onnx") == 1
+    said = in_two_processes("tests.training.one_agent", *args)
+    first, second = (re.findall(rf"rank {rank} has (\w{{64}})", said) for rank in (0, 1))
+    assert first == second
+    assert len(first) == 1
+
+
+def test_of_two_processes_one_logs_saves_and_exports(reach_path: Path, tmp_path: Path) -> None:
+    args = arguments(reach_path, tmp_path / "run", "--updates", "6", "--algo", "cql", "--threads", "1")
+    said = in_two_processes("training.run", *args)
+    assert "2 processes" in said
+    assert said.count("policy.onnx") == 1
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["updates"] == 6
 
 
 def test_killed_while_it_trained_a_run_goes_on_to_where_it_would_have_been(reach_path: Path, tmp_path: Path) -> None:
-    options = ("--updates", "30", "--algo", "cql", "--threads", "1")
+    options = ("--updates", "60", "--algo", "cql", "--threads", "1")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(parse(arguments(reach_path, whole, *options)))
     process = subprocess.Popen(
@@ -90,7 +96,8 @@ def test_killed_while_it_trained_a_run_goes_on_to_where_it_would_have_been(reach
     while not (killed / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < torch.load(killed / "checkpoint.pt", weights_only=True)["updates"] < 60
     done = command("--resume", "--output", str(killed), "--checkpoint-s", "30")
     assert done.returncode == 0, done.stderr
     ours, theirs = weights(killed), weights(whole)

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,11 +39,12 @@ def overload(policy: Path, scratch: Path) -> list[Row]:
         health, over = [], threading.Event()
         asking = threading.Thread(target=_ask_health, args=(running.address, over, health))
         asking.start()
+        before = {code: buckets_of(metrics_port, code) for code in ("OK", "RESOURCE_EXHAUSTED")}
         flags = ("--clients", "8", "--rate", f"{2 * most / 8:.1f}", "--outstanding", "16", "--seconds", SECONDS)
         found = benched(running.address, *flags)
         over.set()
         asking.join()
-        here = {code: p99_within_s(metrics_port, code) * 1e3 for code in ("OK", "RESOURCE_EXHAUSTED")}
+        here = {code: 1e3 * p99_within_s(buckets_of(metrics_port, code) - earlier) for code, earlier in before.items()}
     codes = found["codes"]
     refused = codes.get("RESOURCE_EXHAUSTED", {"p50": 0.0, "p99": 0.0, "count": 0})
     ratio = codes["OK"]["p99"] / calm["p99"]
@@ -66,17 +68,23 @@ def overload(policy: Path, scratch: Path) -> list[Row]:
     ]
 
 
-def p99_within_s(metrics_port: int, code: str) -> float:
-    """The bucket of the server's own histogram into which the p99 of GetAction's calls with that status falls."""
+def buckets_of(metrics_port: int, code: str) -> Counter[float]:
+    """How many of GetAction's calls with that status took up to so many seconds by now, by the server's clock."""
     with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=5) as page:
         families = text_string_to_metric_families(page.read().decode())
-    buckets = {
-        float(sample.labels["le"]): sample.value
-        for family in families
-        for sample in family.samples
-        if sample.name == "equiserve_call_seconds_bucket"
-        and (sample.labels["method"], sample.labels["code"]) == ("GetAction", code)
-    }
+    return Counter(
+        {
+            float(sample.labels["le"]): int(sample.value)
+            for family in families
+            for sample in family.samples
+            if sample.name == "equiserve_call_seconds_bucket"
+            and (sample.labels["method"], sample.labels["code"]) == ("GetAction", code)
+        }
+    )
+
+
+def p99_within_s(buckets: Counter[float]) -> float:
+    """The bucket into which the p99 falls."""
     return min((le for le, count in buckets.items() if count >= 0.99 * buckets[math.inf]), default=0.0)
 
 
@@ -95,12 +103,15 @@ class Neighbour:
 
     flags: tuple[str, ...]
     killed: bool = False
-    """In the middle of the time that counts, a call under way or not."""
+    """In the middle of the time that counts."""
 
 
 FLOOD = Neighbour(("--clients", "1", "--rate", "200", "--outstanding", "8"))
-ROBOT = Neighbour(("--clients", "1", "--rate", "20"))
+BUSY = Neighbour(("--clients", "1", "--rate", "0"))
+"""Has always a call under way."""
 TURNS, TURN_S, BEGIN_S = 8, 6.0, 2.5
+AFTER_S = 1.0
+"""What a kill can disturb. Later, whoever was killed would no longer be in the way, either."""
 
 
 def spend(client: Client, address: str, neighbour: Neighbour | None) -> list[float]:
@@ -121,7 +132,7 @@ def spend(client: Client, address: str, neighbour: Neighbour | None) -> list[flo
         found = seen(TURN_S / 2)
         if neighbour.killed:
             process.kill()
-        found += seen(TURN_S / 2)
+        found += seen(AFTER_S if neighbour.killed else TURN_S / 2)
         process.kill()
     return found
 
@@ -150,8 +161,8 @@ def isolation(policy: Path, scratch: Path) -> list[Row]:
     with apart() as cores, served(policy, cores=cores) as running, served(policy, cores=cores) as other:
         for what, address, before, after, most in (
             ("alone, then beside one that floods at 10 x", running.address, None, FLOOD, 1.2),
-            ("beside another, then beside one that is killed mid-call", running.address, ROBOT,
-             replace(ROBOT, killed=True), 1.2),
+            ("beside one that is always calling, then beside one that is killed mid-call", running.address, BUSY,
+             replace(BUSY, killed=True), 1.2),
             ("the control: alone, then beside the flood of another server", other.address, None, FLOOD, math.inf),
         ):  # fmt: skip
             calm, disturbed, refused = beside(running.address, address, before, after)

@@ -22,6 +22,8 @@ from serving.policy import Policy, load
 from tests.serving.load import connect
 
 CALLS, CALLERS, SECONDS = 2000, 8, 6.0
+AT_ONCE = 2
+"""Inferences, behind both."""
 
 
 def answered(policy: Policy, request: pb.GetActionRequest) -> pb.GetActionResponse:
@@ -31,15 +33,16 @@ def answered(policy: Policy, request: pb.GetActionRequest) -> pb.GetActionRespon
 
 class Threads(pb_grpc.PolicyServiceServicer):
     def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+        self._policy, self._places = policy, threading.Semaphore(AT_ONCE)
 
     def GetAction(self, request, context):
-        return answered(self._policy, request)
+        with self._places:
+            return answered(self._policy, request)
 
 
 class Asyncio(pb_grpc.PolicyServiceServicer):
     def __init__(self, policy: Policy) -> None:
-        self._policy, self._pool = policy, ThreadPoolExecutor(2)
+        self._policy, self._pool = policy, ThreadPoolExecutor(AT_ONCE)
 
     async def GetAction(self, request, context):
         return await asyncio.get_running_loop().run_in_executor(self._pool, answered, self._policy, request)

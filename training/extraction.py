@@ -30,13 +30,15 @@ class Extraction:
 
 
 @torch.no_grad()
-def weigh(agent: Agent, dataset: Dataset, augmented: Callable[[Batch], Batch]) -> Float[Tensor, " T"]:
-    """The weight of every recorded action by the mean of its advantages in a few augmented views.
+def weigh(
+    agent: Agent, dataset: Dataset, augmented: Callable[[Batch], Batch], views: int = VIEWS
+) -> Float[Tensor, " T"]:
+    """The weight of every recorded action by the mean of its advantages in up to `views` augmented views.
 
     Raises Diverged when they are no weights to draw by.
     """
     count = len(dataset)
-    views = max(1, min(VIEWS, MOST_LOOKS // count))
+    views = max(1, min(views, MOST_LOOKS // count))
     index = torch.arange(count, device=dataset.action.device).repeat(views)
     seen = (augmented(dataset.batch(part)) for part in index.split(BATCH))
     advantage = torch.cat([agent.advantage(part.state, part.action).float() for part in seen]).view(views, count)

@@ -21,7 +21,7 @@ from training.config import RunConfig
 from training.data.augment import randomly
 from training.data.dataset import load
 from training.distributed import join
-from training.extraction import Extraction, weigh
+from training.extraction import VIEWS, Extraction, weigh
 from training.networks.family import EQUIVARIANCE
 
 AGENTS: dict[str, Any] = {"bc": BC, "iql": IQL, "cql": CQL}
@@ -112,7 +112,8 @@ class Run:
     def _weigh(self) -> Tensor:
         self._seed(rank=0)  # all processes draw by the same weights
         try:
-            return weigh(self.learner.agent, self.dataset, self._augmented)
+            views = 1 if self.config.augmentation == "none" else VIEWS
+            return weigh(self.learner.agent, self.dataset, self._augmented, views)
         except Diverged as error:
             nothing = torch.zeros(0, dtype=torch.long, device=self.device)
             self._explain(error, nothing, self.dataset.batch(nothing))

@@ -58,6 +58,21 @@ def test_batches_are_drawn_by_weight_once_values_rest(
     assert shares[4:] == [1.0] * 4
 
 
+def test_what_is_not_augmented_is_looked_at_once(
+    reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, looks = run_of(reach_path, tmp_path, "--updates", "2", "--augmentation", "none"), []
+
+    def advantage(state: State, action: torch.Tensor) -> torch.Tensor:
+        looks.append(len(action))
+        return torch.zeros(len(action))
+
+    monkeypatch.setattr(run.learner.agent, "advantage", advantage)
+    for _ in range(2):
+        run.step()
+    assert sum(looks) == len(run.dataset)
+
+
 def test_weights_are_clipped_and_of_the_mean_over_turns(
     reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

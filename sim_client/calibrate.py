@@ -35,7 +35,7 @@ def calibrate(
     kept = folder / "calibration.json"
     found = json.loads(kept.read_text()) if kept.exists() else {"tried": [], "successes": []}
     tried, successes = found["tried"], found["successes"]
-    noise, success = _noise_for(target, np.log(tried), np.array(successes)) if tried else ((LEAST * MOST) ** 0.5, 0.0)
+    noise, success = _noise_for(target, tried, successes)
     done = len(tried)
     with tqdm(total=ROUNDS * EPISODES, initial=done * EPISODES, unit="episode", desc="calibrate the noise") as bar:
         for turn in range(done, ROUNDS):
@@ -49,13 +49,16 @@ def calibrate(
                     bar.update()
             scratch.remove()
             bar.set_postfix_str(f"noise {noise:.2f}: {successes[-1] / EPISODES:.0%}")
-            noise, success = _noise_for(target, np.log(tried), np.array(successes))
+            noise, success = _noise_for(target, tried, successes)
             write_atomically(kept, json.dumps({"tried": tried, "successes": successes}).encode())
     return noise, success
 
 
-def _noise_for(target: float, log_noise: NDArray[np.float64], successes: NDArray[np.int64]) -> tuple[float, float]:
-    """(noise, rate) where the most likely logistic curve meets `target`, within the range of noises."""
+def _noise_for(target: float, tried: list[float], successes: list[int]) -> tuple[float, float]:
+    """(noise, rate) where the most likely logistic curve meets `target`, within the range of noises. First a guess."""
+    if not tried:
+        return (LEAST * MOST) ** 0.5, target
+    log_noise, wins = np.log(tried), np.array(successes)
 
     def rate(curve: NDArray[np.float64], at: Any) -> Any:
         level, log_slope = curve
@@ -63,7 +66,7 @@ def _noise_for(target: float, log_noise: NDArray[np.float64], successes: NDArray
 
     def surprise(curve: NDArray[np.float64]) -> float:
         p = np.clip(rate(curve, log_noise), 1e-6, 1 - 1e-6)
-        likelihood = (successes * np.log(p) + (EPISODES - successes) * np.log1p(-p)).sum()
+        likelihood = (wins * np.log(p) + (EPISODES - wins) * np.log1p(-p)).sum()
         return float(-likelihood + (curve[1] - np.log(USUAL_SLOPE)) ** 2)
 
     curve = minimize(surprise, np.array([0.0, np.log(USUAL_SLOPE)]), method="Nelder-Mead").x

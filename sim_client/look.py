@@ -8,6 +8,7 @@ from pathlib import Path
 import gymnasium
 import matplotlib
 import tyro
+from matplotlib.figure import Figure
 
 from protos.files import write_atomically
 from protos.spaces import SPEC
@@ -59,11 +60,16 @@ def draw(config: Look) -> None:
         depth_axis.set_xlabel("column, towards the robot's right")
         depth_axis.set_ylabel("row, towards the robot")
     figure.colorbar(image, ax=axes[1], label="depth, m", shrink=0.8)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=80, format=config.output.suffix.removeprefix(".") or "png")
-    write_atomically(config.output, picture.getvalue())
-    plt.close(figure)
+    save(figure, config.output, dpi=80)
     env.close()
+
+
+def save(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a picture in the format of its file's ending, whole or not at all, and close the figure."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=dpi, format=path.suffix.removeprefix(".") or "png")
+    write_atomically(path, picture.getvalue())
+    plt.close(figure)
 
 
 def main() -> None:

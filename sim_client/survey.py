@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import io
 import math
 import multiprocessing
 import time
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from protos.files import write_atomically
 from sim_client import ENV_IDS, MAX_STEPS, TaskName
 from sim_client.env import Obs
+from sim_client.look import save
 from sim_client.rollout import rollout
 from sim_client.seeds import SURVEYED
 from sim_client.tasks import TWINS, maker
@@ -121,10 +121,7 @@ def picture(task: TaskName, path: Path) -> None:
         view.set_title("what the policy sees")
         for axis in (scene, view):
             axis.axis("off")
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=60, format="png")
-    write_atomically(path, picture.getvalue())
-    plt.close(figure)
+    save(figure, path, dpi=60)
     env.close()
 
 

@@ -98,9 +98,8 @@ class Evaluations:
         results, patience = self.results(), self._run.config.patience
         if patience is None or not results:
             return False
-        top = max(r.success_rate for r in results)
-        reached = min(r.update for r in results if r.success_rate == top)
-        return sum(r.update > reached for r in results) >= patience
+        reached = max(results, key=lambda r: (r.success_rate, -r.update))  # of equals the first: a tie is no better
+        return sum(r.update > reached.update for r in results) >= patience
 
     def stop(self) -> None:
         """End the evaluation under way; its snapshot waits for a resumed run."""

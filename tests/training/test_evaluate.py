@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from protos.manifest import Manifest
 from tests.training.test_run import command
-from training import evaluations as evaluations_module
 from training.config import parse
 from training.evaluate import Evaluate, evaluate
 from training.evaluations import EvaluationError, Evaluations, Result, best
@@ -88,11 +88,11 @@ def test_a_snapshot_is_evaluated_by_hand_to_the_same_result(drawer: Path, tmp_pa
 def instead_of_an_evaluation(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training starts this Python in the place of each evaluation."""
     popen = subprocess.Popen
-    monkeypatch.setattr(
-        evaluations_module.subprocess,
-        "Popen",
-        lambda command, **options: popen([sys.executable, "-c", script], **options),
-    )
+
+    def start(_command: list[str], **options: Any) -> "subprocess.Popen[str]":
+        return popen([sys.executable, "-c", script], **options)
+
+    monkeypatch.setattr("training.evaluations.subprocess.Popen", start)
 
 
 def test_what_was_learned_outlives_an_evaluation_that_fails(

@@ -18,7 +18,7 @@ setup: $(VENV)/.ready ## Make .venv with everything that the demo and the tests 
 
 # An editable install, so that the tests see the working tree; made again when pyproject.toml changes.
 $(VENV)/.ready: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "equiserve needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "training needs Python 3.11 to 3.13 (numpy < 2.3 has no wheel for newer ones): make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@

@@ -1,16 +1,21 @@
 """Refuses at the door: the message of a call that the model has no room for is neither handed over nor parsed."""
 
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import grpc
 
-from protos.errors import RETRY, Rejected
+from protos.errors import RETRY, Rejected, Status
 from serving.answering import Answering
 from serving.dispatcher import Dispatcher
 from serving.security import Gate
 
 ACTING = frozenset(f"/equiserve.v1.PolicyService/{method}" for method in ("GetAction", "GetActionBatch"))
+
+AWAITED = 8
+"""Calls of one client whose message has not come: a thread waits for each, and nobody may take all of those."""
 
 
 class Porter(grpc.ServerInterceptor):
@@ -21,6 +26,8 @@ class Porter(grpc.ServerInterceptor):
 
     def __init__(self, dispatcher: Dispatcher, gate: Gate, answering: Answering) -> None:
         self._dispatcher, self._gate, self._answering = dispatcher, gate, answering
+        self._awaited: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
     def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         handler = continuation(details)
@@ -34,13 +41,31 @@ class Porter(grpc.ServerInterceptor):
                 client = self._gate.require(details.method, details.invocation_metadata) or context.peer()
                 if not self._answering.draining:  # who drains says so
                     self._dispatcher.admit(client, repeats=repeats)
+                self._begin_to_wait(client)
             except Rejected as rejected:
                 self._answering.refuse(method, rejected, context)
             except Exception:
                 self._answering.fail(method, context)
-            request = next(requests, None)
+            try:
+                request = next(requests, None)
+            finally:
+                self._end_wait(client)
             if request is None:  # or who called is gone: gRPC does not say which, so it is not counted
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, "request: expected one message, got none")
             return behave(request, context)
 
         return grpc.stream_unary_rpc_method_handler(enter, handler.request_deserializer, handler.response_serializer)
+
+    def _begin_to_wait(self, client: str) -> None:
+        with self._lock:
+            if self._awaited[client] >= AWAITED:
+                expected = f"at most {AWAITED} calls of one client whose message has not come"
+                remedy = "send each call's message before the next call"
+                raise Rejected("server", expected, f"{AWAITED + 1}", remedy, Status.RESOURCE_EXHAUSTED)
+            self._awaited[client] += 1
+
+    def _end_wait(self, client: str) -> None:
+        with self._lock:
+            self._awaited[client] -= 1
+            if not self._awaited[client]:
+                del self._awaited[client]

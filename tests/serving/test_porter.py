@@ -8,6 +8,7 @@ import pytest
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import RETRY, Rejected, Status
+from serving.server import THREADS
 from tests.serving.load import connect
 from tests.serving.requests import acting, refusal
 from tests.serving.test_dispatcher import until
@@ -85,6 +86,26 @@ def test_of_two_messages_the_first_counts(serve, healthy):
     answer = by_stream(running.channel, "GetAction")(iter([acting(1), acting(2)]), timeout=5)
     alone = running.stub.GetAction(acting(1))
     assert pb.GetActionResponse.FromString(answer).raw_action == alone.raw_action
+
+
+def test_who_never_sends_a_message_does_not_take_all_threads(serve, healthy):
+    """Of the calls that one client leaves without a message, a few are kept waiting, and the others refused."""
+    running, never = serve(policy=(str(healthy),)), threading.Event()
+
+    def without_message():
+        return by_stream(idle, "GetAction").future((acting(1) for _ in range(1) if never.wait(20)), timeout=20)
+
+    with connect(running.server.address) as idle:
+        calls = [without_message() for _ in range(THREADS + 8)]
+        until(lambda: sum(call.done() for call in calls) >= THREADS)
+        refused = [call for call in calls if call.done()]
+        assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert "message has not come" in refused[0].details()
+        assert running.stub.GetAction(acting(1), timeout=5).version
+        for call in calls:
+            call.cancel()
+        never.set()
+        until(lambda: by_stream(idle, "GetAction").future(iter([acting(1)]), timeout=5).code() is grpc.StatusCode.OK)
 
 
 def test_a_second_try_gets_its_answer_though_there_is_no_room(serve, healthy, monkeypatch):

@@ -57,9 +57,12 @@ class Call:
     def patience_s(self) -> float:
         return max(0.0, min(self.expires_at - time.monotonic(), threading.TIMEOUT_MAX))
 
-    def caller(self, within_s: float) -> Caller:
+    def caller(self, within_s: float, *, last_turn: bool = False) -> Caller:
         """Who waits for the model: until his deadline, and no longer than `within_s`."""
-        return Caller(self.client, min(self.expires_at, time.monotonic() + within_s), self._context.is_active)
+        replied = threading.Event() if last_turn else None
+        if replied and not self._context.add_callback(replied.set):
+            replied.set()
+        return Caller(self.client, min(self.expires_at, time.monotonic() + within_s), self._context.is_active, replied)
 
 
 class _Status(NamedTuple):

@@ -18,6 +18,11 @@ from serving.libc import offer_core, offer_interpreter
 from serving.policy import Policy, Proposal
 from serving.rhythm import Rhythm
 
+SHORT = 0.5
+"""In an overload, only who has no more than this share of an inference before him may wait."""
+REPLY_S = 0.002
+"""How long a flood's inference waits, at most, until the answer that a controller has just been given is out."""
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -26,6 +31,8 @@ class Caller:
     name: str
     expires_at: float
     alive: Callable[[], bool]
+    replied: threading.Event | None = None
+    """Set when the reply has gone out; None where this turn is not the call's last."""
 
     @property
     def gone(self) -> bool:
@@ -81,13 +88,16 @@ class Dispatcher:
         self._line: deque[_Ticket] = deque()
         self._running: Counter[str] = Counter()
         self._rhythm = Rhythm(concurrency, client_hz)
-        self._in_use = 0
+        self._turns: dict[_Ticket, float] = {}
+        """Who has a place before the model, and since when (time.monotonic)."""
+        self._answered: list[Caller] = []
+        """In the last turn: their replies may be on their way out."""
         self.expired = 0
         """Calls that left the line without an answer: the model was never asked for them."""
 
     @property
     def running(self) -> int:
-        return self._in_use
+        return len(self._turns)
 
     @property
     def waiting(self) -> int:
@@ -132,8 +142,11 @@ class Dispatcher:
             Rejected: RESOURCE_EXHAUSTED.
         """
         with self._lock:
-            self._rhythm.asks(name, time.monotonic())
+            now = time.monotonic()
+            self._rhythm.asks(name, now)
             if not repeats:
+                if self._rhythm.floods(name, now) and any(self._is_rarer(t.caller, name) for t in self._turns):
+                    raise _too_much()  # its message would be read at the cost of a controller's inference
                 self._require_room(name)
 
     def asks_more(self, name: str, inferences: int) -> None:
@@ -154,6 +167,7 @@ class Dispatcher:
         for gone in [t for t in self._line if t.caller.gone]:
             self._line.remove(gone)
             self._expire(gone)
+        self._require_a_short_wait()
         own, room = sum(t.caller.name == name for t in self._line), self._room
         share = room - 1 if self._rhythm.rarer(name, time.monotonic()) else max(1, room - 1)
         if len(self._line) >= room or own >= share:
@@ -164,6 +178,16 @@ class Dispatcher:
             remedy = "send less often, or raise --queue or --max-wait-ms"
             raise Rejected("server", expected, got, remedy, Status.RESOURCE_EXHAUSTED)
         return False
+
+    def _require_a_short_wait(self) -> None:
+        """Where all together ask for too much, somebody else comes in a moment and has to wait less."""
+        now = time.monotonic()
+        if self._rhythm.asked_too_much(now):
+            left_s = self._rhythm.turn_s - (now - min(self._turns.values(), default=-math.inf))
+            if left_s > SHORT * self._rhythm.turn_s:
+                self._rhythm.refuses(now)
+                expected, got = "a call that the model is nearly free for", "one of too many, while it is busy"
+                raise Rejected("server", expected, got, "send less often", Status.RESOURCE_EXHAUSTED)
 
     @property
     def _room(self) -> int:
@@ -182,18 +206,17 @@ class Dispatcher:
 
     def _require_share(self, name: str, size: int = 1) -> None:
         if self._rhythm.is_in_the_way(name, time.monotonic(), size):
-            expected, got = "a controller's rate, and a fair share of the model's time", "more, while others act"
-            raise Rejected("server", expected, got, "send less often", Status.RESOURCE_EXHAUSTED)
+            raise _too_much()
 
     def _may_start(self, name: str) -> bool:
         share = max(1, self._concurrency - 1)
-        return self._in_use < self._concurrency and self._running[name] < share
+        return len(self._turns) < self._concurrency and self._running[name] < share
 
     def _start(self, ticket: _Ticket) -> None:
         ticket.leads = True
-        self._in_use += 1
+        now = self._turns[ticket] = time.monotonic()
         self._running[ticket.caller.name] += 1
-        self._rhythm.starts(ticket.caller.name, time.monotonic(), ticket.size)
+        self._rhythm.starts(ticket.caller.name, now, ticket.size)
         ticket.called.release()
 
     def _expire(self, ticket: _Ticket) -> None:
@@ -213,6 +236,7 @@ class Dispatcher:
                         self._line.remove(other)
                         batch.append(other)
                         self._rhythm.starts(other.caller.name, time.monotonic(), other.size)
+        self._let_replies_go(ticket.caller.name)
         # Who has just come, or is to be refused, would else wait for a whole inference, first for the core and then for
         # the interpreter: at twice the capacity it makes accepted calls' p99 9 ms instead of 25.
         offer_core()
@@ -223,6 +247,7 @@ class Dispatcher:
             offer_interpreter()
             with self._lock:
                 self._rhythm.took(spent / sum(one.size for one in batch))
+                self._answered = [one.caller for one in batch]
             for one in batch:
                 one.outcome = Turn([next(proposals) for _ in one.observations], start - one.came, spent)
         except BaseException as error:
@@ -233,15 +258,27 @@ class Dispatcher:
                 follower.called.release()
             self._leave(ticket)
 
+    def _let_replies_go(self, name: str) -> None:
+        """Before an inference of `name` takes the core from them: those of the last, to clients that ask much less."""
+        with self._lock:
+            going = [caller.replied for caller in self._answered if self._is_rarer(caller, name)]
+        until = time.monotonic() + REPLY_S
+        for replied in going:
+            if replied:
+                replied.wait(until - time.monotonic())
+
+    def _is_rarer(self, caller: Caller, name: str) -> bool:
+        return self._rhythm.is_rarer(caller.name, name, time.monotonic())
+
     def _leave(self, ticket: _Ticket) -> None:
         """Give the place to the first in line who may have it and still wants it; who had it goes behind others."""
         with self._lock:
-            self._in_use -= 1
+            del self._turns[ticket]
             self._running[ticket.caller.name] -= 1
             if not self._running[ticket.caller.name]:
                 del self._running[ticket.caller.name]
             for candidate in sorted(self._line, key=lambda t: t.caller.name == ticket.caller.name):
-                if self._in_use == self._concurrency:
+                if len(self._turns) == self._concurrency:
                     break
                 if candidate.caller.gone:
                     self._line.remove(candidate)
@@ -257,6 +294,11 @@ class Dispatcher:
 
 def _patience_s(caller: Caller) -> float:
     return max(0.0, min(caller.expires_at - time.monotonic(), threading.TIMEOUT_MAX))
+
+
+def _too_much() -> Rejected:
+    expected, got = "a controller's rate, and a fair share of the model's time", "more, while others act"
+    return Rejected("server", expected, got, "send less often", Status.RESOURCE_EXHAUSTED)
 
 
 def _too_late() -> Rejected:

@@ -141,15 +141,19 @@ class Rhythm:
 
     def is_in_the_way(self, name: str, now: float, inferences: int = 1) -> bool:
         """So many for `name`, begun now, would be at the cost of clients that ask for less."""
-        others = self.rarer(name, now)
-        if not others:
+        return self.floods(name, now) and (
+            self._clients[name].starts.at(now) >= self._client_hz
+            or any(client.due(now, inferences * self.turn_s) for client in self.rarer(name, now))
+        )
+
+    def floods(self, name: str, now: float) -> bool:
+        """Beside clients that ask for less, `name` asks for more than a controller does, or than a fair share."""
+        if not self.rarer(name, now):
             return False
-        mine, active = self._clients[name], self._active(now)
-        asked = mine.hz(now)
+        active = self._active(now)
+        asked = active[name].hz(now)
         fits = self._asked(c.hz(now) for c in active.values()) <= 1 or self._asked([asked]) <= 1 / len(active)
-        if asked <= self._client_hz and fits:
-            return False
-        return mine.starts.at(now) >= self._client_hz or any(c.due(now, inferences * self.turn_s) for c in others)
+        return asked > self._client_hz or not fits
 
     def part(self, name: str, most: int, now: float) -> int:
         """Up to `most` inferences of `name` in a row that fit, twice, between calls of clients that ask for less."""
@@ -157,6 +161,10 @@ class Rhythm:
         if not self.turn_s or math.isinf(soonest):
             return most
         return max(1, min(most, int((soonest - 2 * MARGIN_S) / (2 * self.turn_s))))
+
+    def is_rarer(self, other: str, name: str, now: float) -> bool:
+        """`other` asks much less often than `name`, and no more often than a controller."""
+        return any(client is self._clients.get(other) for client in self.rarer(name, now))
 
     def rarer(self, name: str, now: float) -> list[_Client]:
         """Active clients that ask much less often than `name`, and no more often than a controller."""

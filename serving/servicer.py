@@ -185,7 +185,8 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             task = self._understand(request, call, episode, previous)
         left_s = self._valid_for_s - task.age_s
         try:
-            turn = self._dispatcher.act(task.policy, [task.observation], call.caller(left_s - call.elapsed_s))
+            caller = call.caller(left_s - call.elapsed_s, last_turn=True)
+            turn = self._dispatcher.act(task.policy, [task.observation], caller)
         except Rejected as refused:
             if refused.status is Status.DEADLINE_EXCEEDED and call.elapsed_s >= left_s:
                 raise self._stale(task.age_s + call.elapsed_s) from refused

@@ -69,6 +69,16 @@ def test_others_get_their_turn_within_a_batch(serve, healthy, monkeypatch):
     assert [item.status.code for item in items] == [0] * 8 + [8] * 8 + [0] * 4
 
 
+def test_the_dispatcher_is_told_when_an_answer_is_out_and_waits_for_no_part_of_a_batch(serve, healthy):
+    running = serve(policy=(str(healthy),))
+    running.stub.GetAction(acting(1))
+    (alone,) = running.server.dispatcher._answered
+    assert alone.replied.wait(5)
+    running.stub.GetActionBatch(pb.GetActionBatchRequest(requests=[acting(i) for i in range(3)]))
+    (batch,) = running.server.dispatcher._answered
+    assert batch.replied is None
+
+
 def test_a_batch_counts_whole_in_however_small_parts(serve, healthy, monkeypatch):
     """In parts of one, which is what beside a robot it comes in, it would count as one call, and get more."""
     running = serve(policy=(f"tiny={healthy}",))

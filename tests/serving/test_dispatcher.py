@@ -40,8 +40,8 @@ def pool():
         yield pool
 
 
-def caller(name="a", within_s=math.inf, alive=lambda: True):
-    return Caller(name, time.monotonic() + within_s, alive)
+def caller(name="a", within_s=math.inf, alive=lambda: True, replied=None):
+    return Caller(name, time.monotonic() + within_s, alive, replied)
 
 
 def until(condition):
@@ -141,6 +141,53 @@ def test_the_last_place_in_the_line_is_kept_for_who_asks_less(pool, model, clock
     model.go.release(2)
     assert first.result(5)
     assert robot.result(5)
+
+
+@pytest.fixture
+def flooded(clock):
+    """One client has asked very often, and another as a controller does."""
+    dispatcher = Dispatcher(concurrency=1, queue=4, client_hz=60)
+    for _ in range(200):
+        dispatcher.admit("flood")
+    for _ in range(4):
+        clock.now += 0.1
+        dispatcher.admit("robot")
+    return dispatcher
+
+
+def test_a_flood_is_not_let_in_while_a_controllers_call_is_before_the_model(flooded, pool, model):
+    """To read its message would take from that inference's time."""
+    robot = ask(pool, flooded, model, "robot", caller("robot"))
+    with pytest.raises(Rejected, match="fair share"):
+        flooded.admit("flood")
+    flooded.admit("another robot")
+    model.go.release()
+    assert robot.result(5)
+    flooded.admit("flood")
+
+
+@pytest.mark.parametrize(("name", "waits"), [("flood", True), ("another robot", False), ("robot", False)])
+def test_a_floods_inference_does_not_begin_before_a_controllers_reply_is_out(
+    flooded, pool, model, monkeypatch, name, waits
+):
+    monkeypatch.setattr("serving.dispatcher.REPLY_S", 10.0)
+    replied = threading.Event()
+    model.go.release(2)
+    assert pool.submit(flooded.act, model, ["first"], caller("robot", replied=replied)).result(5)
+    second = pool.submit(flooded.act, model, ["second"], caller(name))
+    until(lambda: flooded.running or second.done())
+    time.sleep(0.05)
+    assert second.done() == (not waits)
+    assert len(model.runs) == (1 if waits else 2)
+    replied.set()
+    assert second.result(5)
+
+
+def test_a_reply_that_does_not_go_out_holds_nobody_up(flooded, pool, model, monkeypatch):
+    monkeypatch.setattr("serving.dispatcher.REPLY_S", 0.01)
+    model.go.release(2)
+    for who in (caller("robot", replied=threading.Event()), caller("flood")):
+        assert pool.submit(flooded.act, model, ["asks"], who).result(5)
 
 
 def test_who_had_the_place_goes_behind_others(pool, model):
@@ -251,6 +298,21 @@ def test_in_an_overload_only_the_next_may_wait(full, clock):
     clock.now += 2.0
     with pytest.raises(Rejected, match="at most 4 waiting"):
         full.act(None, ["late"], caller("late"))
+
+
+def test_in_an_overload_nobody_waits_for_most_of_an_inference(pool, model, clock, monkeypatch):
+    """In a moment somebody else comes, and his answer will be younger."""
+    dispatcher = Dispatcher(concurrency=1, queue=4)
+    dispatcher._rhythm.took(0.01)
+    calls = [ask(pool, dispatcher, model, "first")]
+    monkeypatch.setattr(dispatcher._rhythm, "asked_too_much", lambda _now: True)
+    clock.now += 0.004
+    with pytest.raises(Rejected, match="nearly free"):
+        dispatcher.act(model, ["early"], caller("early"))
+    clock.now += 0.002
+    calls.append(ask(pool, dispatcher, model, "later"))
+    model.go.release(2)
+    assert all(call.result(5) for call in calls)
 
 
 def test_callers_who_get_their_answers_are_no_overload(clock):

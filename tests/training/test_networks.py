@@ -164,6 +164,30 @@ def test_the_faster_expansion_gives_e2cnn_s_own_filters(group: str) -> None:
         assert (bias is None and their_bias is None) or torch.equal(bias, their_bias)
 
 
+@pytest.mark.parametrize("group", ["C4", "C8", "D4"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_faster_convolution_over_a_single_point_is_e2cnn_s_own(group: str, mode: str) -> None:
+    from e2cnn import nn as enn
+
+    network = dataclasses.replace(NETWORK, group=group)
+    alone = [
+        module
+        for make in (make_actor, make_critic)
+        for module in make(network, SMALL, EQUIVARIANCE["both"]).modules()
+        if isinstance(module, enn.R2Conv) and not module.padding
+    ]
+    assert {conv.kernel_size for conv in alone} == {1, 3}
+    for conv in alone:
+        conv.train(mode == "train")
+        size = conv.kernel_size
+        values = torch.randn(5, conv.in_type.size, size, size).to(memory_format=torch.channels_last)
+        images = [enn.GeometricTensor(values.clone().requires_grad_(), conv.in_type) for _ in range(2)]
+        ours, theirs = conv(images[0]).tensor, enn.R2Conv.forward(conv, images[1]).tensor
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        (ours.square().sum() + theirs.square().sum()).backward()
+        torch.testing.assert_close(images[0].tensor.grad, images[1].tensor.grad, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("equivariance", "steerable"),
     [

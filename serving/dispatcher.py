@@ -20,6 +20,8 @@ from serving.rhythm import Rhythm
 
 SHORT = 0.5
 """In an overload, only who has no more than this share of an inference before him may wait."""
+OFTEN_MISSED = 6
+"""Who was refused so many calls in a row may wait for longer."""
 REPLY_S = 0.002
 """How long a flood's inference waits, at most, until the answer that a controller has just been given is out."""
 
@@ -167,25 +169,27 @@ class Dispatcher:
         for gone in [t for t in self._line if t.caller.gone]:
             self._line.remove(gone)
             self._expire(gone)
-        self._require_a_short_wait()
+        self._require_a_short_wait(name)
         own, room = sum(t.caller.name == name for t in self._line), self._room
         share = room - 1 if self._rhythm.rarer(name, time.monotonic()) else max(1, room - 1)
         if len(self._line) >= room or own >= share:
             full = len(self._line) >= room
-            self._rhythm.refuses(time.monotonic())
+            self._rhythm.refuses(name, time.monotonic())
             expected = f"at most {room if full else share} waiting calls{'' if full else ' of one client'}"
             got = f"{(len(self._line) if full else own) + 1}"
             remedy = "send less often, or raise --queue or --max-wait-ms"
             raise Rejected("server", expected, got, remedy, Status.RESOURCE_EXHAUSTED)
         return False
 
-    def _require_a_short_wait(self) -> None:
-        """Where all together ask for too much, somebody else comes in a moment and has to wait less."""
+    def _require_a_short_wait(self, name: str) -> None:
+        """Where all together ask for too much, somebody else comes in a moment and has to wait less. Unless their beats
+        keep it so, and it is always this one who has to go.
+        """
         now = time.monotonic()
-        if self._rhythm.asked_too_much(now):
+        if self._rhythm.asked_too_much(now) and self._rhythm.missed(name) < OFTEN_MISSED:
             left_s = self._rhythm.turn_s - (now - min(self._turns.values(), default=-math.inf))
             if left_s > SHORT * self._rhythm.turn_s:
-                self._rhythm.refuses(now)
+                self._rhythm.refuses(name, now)
                 expected, got = "a call that the model is nearly free for", "one of too many, while it is busy"
                 raise Rejected("server", expected, got, "send less often", Status.RESOURCE_EXHAUSTED)
 

@@ -52,6 +52,8 @@ class _Client:
     off_beat: int = 0
     coming: bool = False
     """Its call is on its way from the door to the model."""
+    missed: int = 0
+    """Calls in a row that there was no room for."""
 
     def ask(self, now: float) -> None:
         gap = now - self.asks.last
@@ -112,14 +114,20 @@ class Rhythm:
         if name in self._clients:
             self._clients[name].asks.note(now, inferences)
 
-    def refuses(self, now: float) -> None:
+    def refuses(self, name: str, now: float) -> None:
         """A call, for want of room."""
         self._refusals.note(now)
+        if name in self._clients:
+            self._clients[name].missed += 1
+
+    def missed(self, name: str) -> int:
+        """Calls of `name` in a row that there was no room for."""
+        return self._clients[name].missed if name in self._clients else 0
 
     def starts(self, name: str, now: float, inferences: int = 1) -> None:
         if name in self._clients:
             self._clients[name].starts.note(now, inferences)
-            self._clients[name].coming = False
+            self._clients[name].coming, self._clients[name].missed = False, 0
 
     def took(self, seconds: float) -> None:
         self.turn_s += (0.1 if self.turn_s else 1.0) * (seconds - self.turn_s)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from protos.errors import Rejected, Status
-from serving.dispatcher import Caller, Dispatcher
+from serving.dispatcher import OFTEN_MISSED, Caller, Dispatcher
 from serving.policy import Proposal
 
 
@@ -313,6 +313,27 @@ def test_in_an_overload_nobody_waits_for_most_of_an_inference(pool, model, clock
     calls.append(ask(pool, dispatcher, model, "later"))
     model.go.release(2)
     assert all(call.result(5) for call in calls)
+
+
+def test_in_an_overload_it_is_not_always_the_same_who_may_not_wait(pool, model, clock, monkeypatch):
+    """Beats can keep a call just behind another's: nobody is refused for ever."""
+    dispatcher = Dispatcher(concurrency=1, queue=4)
+    dispatcher._rhythm.took(0.01)
+    monkeypatch.setattr(dispatcher._rhythm, "asked_too_much", lambda _now: True)
+
+    def beat():
+        """The one comes first, and the other just behind: whether that one may wait."""
+        for name in ("one", "other"):
+            dispatcher._rhythm.asks(name, clock.now)
+        calls = [ask(pool, dispatcher, model, "one"), ask(pool, dispatcher, model, "other", caller("other"))]
+        model.go.release(2)
+        served = calls[1].exception(5) is None
+        assert calls[0].result(5)
+        model.go = threading.Semaphore(0)
+        clock.now += 0.05
+        return served
+
+    assert [beat() for _ in range(2 * (OFTEN_MISSED + 1))] == 2 * ([False] * OFTEN_MISSED + [True])
 
 
 def test_callers_who_get_their_answers_are_no_overload(clock):

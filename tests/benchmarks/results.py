@@ -100,8 +100,8 @@ TRIED = """Tried before, and why the rows are as they are:
 - All cells were made when the simulator still took a gripper that is half closed on nothing for one that holds. Played
   again without that, noisy-cql 0 and 1, noisy-iql 2 and noisy-bc 2 have 84, 95, 97 and 81 %, instead of 83, 95, 97, 81.
 - stacking-2000, seed 2, was made on a machine without AVX-512 and bfloat16: 3746 updates. There, one of BC takes 0.23 s
-  on two cores (`tests.benchmarks.update_time --presets cpu --precisions fp32`), on the others' 0.07. noisy-cql, seed 2, has
-  70 % there after 40 minutes, 4660 updates; elsewhere, 20 minutes hold 5600 of the actor alone.
+  on two cores (`tests.benchmarks.update_time --presets cpu --precisions fp32`), on the others' 0.07. noisy-cql, seed 2,
+  has 70 % there after 40 minutes, 4660 updates; elsewhere, 20 minutes hold 5600 of the actor alone.
 - equivariant-cql when cloning was weighed by the advantage over the policy's own action, with a soft maximum at
   temperature 1 (weight 0.01): 82 % and 47 %; plain-cql: 36 % and 23 %; noisy-cql with 8 minutes: 79 % and 56 %.
 """

@@ -18,11 +18,11 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from protos.errors import LONGEST, Rejected, Status
-from serving.dispatcher import Caller
 from serving.logs import Throttle
 from serving.metrics import Metrics, Phases
 from serving.security import Gate
 from serving.tracing import Tracer
+from serving.turn import Caller
 
 log = logging.getLogger(__name__)
 

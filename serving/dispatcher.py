@@ -9,14 +9,14 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from protos.errors import Rejected, Status
 from protos.spaces import Observation
 from serving.libc import offer_core, offer_interpreter
-from serving.policy import Policy, Proposal
+from serving.policy import Policy
 from serving.rhythm import Rhythm
+from serving.turn import Caller, Ticket, Turn
 
 SHORT = 0.5
 """In an overload, only who has no more than this share of an inference before him may wait."""
@@ -24,49 +24,6 @@ OFTEN_MISSED = 6
 """Who was refused so many calls in a row may wait for longer."""
 REPLY_S = 0.002
 """How long a flood's inference waits, at most, until the answer that a controller has just been given is out."""
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Whose call it is, until when an answer is of use (time.monotonic seconds), and whether it still wants one."""
-
-    name: str
-    expires_at: float
-    alive: Callable[[], bool]
-    replied: threading.Event | None = None
-    """Set when the reply has gone out; None where this turn is not the call's last."""
-
-    @property
-    def gone(self) -> bool:
-        return time.monotonic() >= self.expires_at or not self.alive()
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What the policy said of each observation, and where the time went."""
-
-    proposals: Sequence[Proposal]
-    queue_s: float
-    inference_s: float
-
-
-@dataclass(eq=False)
-class _Ticket:
-    caller: Caller
-    policy: Policy
-    observations: Sequence[Observation]
-    leads: bool = False
-    """Holds one of the places before the model, and runs it."""
-    outcome: "Turn | BaseException | None" = None
-    came: float = field(default_factory=time.perf_counter)
-    called: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def size(self) -> int:
-        return len(self.observations)
-
-    def __post_init__(self) -> None:
-        self.called.acquire()  # released when there is news: a place, an answer, or that it is too late
 
 
 class Dispatcher:
@@ -87,10 +44,10 @@ class Dispatcher:
     ) -> None:
         self._concurrency, self._longest, self._max_batch, self._max_wait_s = concurrency, queue, max_batch, max_wait_s
         self._lock = threading.Lock()
-        self._line: deque[_Ticket] = deque()
+        self._line: deque[Ticket] = deque()
         self._running: Counter[str] = Counter()
         self._rhythm = Rhythm(concurrency, client_hz)
-        self._turns: dict[_Ticket, float] = {}
+        self._turns: dict[Ticket, float] = {}
         """Who has a place before the model, and since when (time.monotonic)."""
         self._answered: list[Caller] = []
         """In the last turn: their replies may be on their way out."""
@@ -112,7 +69,7 @@ class Dispatcher:
             Rejected: RESOURCE_EXHAUSTED at once when the line is full; DEADLINE_EXCEEDED when the caller's time ran
                 out, or he left, before his turn came.
         """
-        ticket = _Ticket(caller, policy, observations)
+        ticket = Ticket(caller, policy, observations)
         with self._lock:
             if caller.gone:
                 self.expired += 1
@@ -121,7 +78,7 @@ class Dispatcher:
                 self._start(ticket)
             else:
                 self._line.append(ticket)
-        if not ticket.called.acquire(timeout=_patience_s(caller)):
+        if not ticket.called.acquire(timeout=caller.patience_s):
             with self._lock:
                 if ticket in self._line:
                     self._line.remove(ticket)
@@ -216,22 +173,22 @@ class Dispatcher:
         share = max(1, self._concurrency - 1)
         return len(self._turns) < self._concurrency and self._running[name] < share
 
-    def _start(self, ticket: _Ticket) -> None:
+    def _start(self, ticket: Ticket) -> None:
         ticket.leads = True
         now = self._turns[ticket] = time.monotonic()
         self._running[ticket.caller.name] += 1
         self._rhythm.starts(ticket.caller.name, now, ticket.size)
         ticket.called.release()
 
-    def _expire(self, ticket: _Ticket) -> None:
+    def _expire(self, ticket: Ticket) -> None:
         self.expired += 1
         self._refuse(ticket, _too_late())
 
-    def _refuse(self, ticket: _Ticket, why: Rejected) -> None:
+    def _refuse(self, ticket: Ticket, why: Rejected) -> None:
         ticket.outcome = why
         ticket.called.release()
 
-    def _lead(self, ticket: _Ticket) -> None:
+    def _lead(self, ticket: Ticket) -> None:
         batch = [ticket]
         if self._max_batch > 1:
             with self._lock:
@@ -274,7 +231,7 @@ class Dispatcher:
     def _is_rarer(self, caller: Caller, name: str) -> bool:
         return self._rhythm.is_rarer(caller.name, name, time.monotonic())
 
-    def _leave(self, ticket: _Ticket) -> None:
+    def _leave(self, ticket: Ticket) -> None:
         """Give the place to the first in line who may have it and still wants it; who had it goes behind others."""
         with self._lock:
             del self._turns[ticket]
@@ -294,10 +251,6 @@ class Dispatcher:
                         self._start(candidate)
                     except Rejected as why:
                         self._refuse(candidate, why)
-
-
-def _patience_s(caller: Caller) -> float:
-    return max(0.0, min(caller.expires_at - time.monotonic(), threading.TIMEOUT_MAX))
 
 
 def _too_much() -> Rejected:

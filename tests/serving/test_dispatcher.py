@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from protos.errors import Rejected, Status
-from serving.dispatcher import OFTEN_MISSED, Caller, Dispatcher
+from serving.dispatcher import OFTEN_MISSED, Dispatcher
 from serving.policy import Proposal
+from serving.turn import Caller
 
 
 class Model:
@@ -117,7 +118,8 @@ def clock(monkeypatch):
     """The dispatcher's time, which goes on when a test says so."""
     clock = SimpleNamespace(now=time.monotonic())
     held = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=lambda: clock.now)
-    monkeypatch.setattr("serving.dispatcher.time", held)
+    for module in ("serving.dispatcher", "serving.turn"):
+        monkeypatch.setattr(f"{module}.time", held)
     return clock
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from protos.spaces import ACTION, SPEC, ObservationSpec, PolicySpec
 from protos.symmetry import EIGHTH_TURN, QUARTER_TURNS, Element
 from tests.training.conftest import NETWORK, SMALL
 from training.batch import State
+from training.networks import steerable
 from training.networks.family import EQUIVARIANCE, NetworkConfig, stages
+from training.networks.harmonic import Harmonics
 from training.networks.roles import make_actor, make_critic, make_value
 
 AXES = [(1, 0), (-1, 0), (0, 1), (0, -1)]
@@ -38,6 +42,11 @@ def turned(state: State, turn: Element, spec: PolicySpec) -> State:
 
 def turned_action(action: torch.Tensor, turn: Element) -> torch.Tensor:
     return torch.from_numpy(turn.action(action.detach().numpy(), ACTION))
+
+
+def spied(owner: type, method: str) -> Any:
+    """Inside it the method does what it does, and its calls are counted."""
+    return mock.patch.object(owner, method, autospec=True, side_effect=getattr(owner, method))
 
 
 def trained_a_little(network: nn.Module, loss: object, updates: int = 50) -> None:
@@ -186,6 +195,65 @@ def test_the_faster_convolution_over_a_single_point_is_e2cnn_s_own(group: str, m
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         (ours.square().sum() + theirs.square().sum()).backward()
         torch.testing.assert_close(images[0].tensor.grad, images[1].tensor.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("group", ["C4", "C8", "C16", "D4", "D8"])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_convolution_by_its_harmonics_is_e2cnn_s_own(
+    group: str, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from e2cnn import nn as enn
+
+    monkeypatch.setattr(Harmonics, "pays", lambda *_: True)
+    of, to = (steerable._regular(steerable._space(group), fields) for fields in (3, 5))
+    conv = steerable._conv(of, to, 3, padding=padding)
+    torch.nn.init.normal_(conv.bias)
+    image = torch.randn(4, of.size, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    variables = [image, conv.weights, conv.bias]
+    with spied(Harmonics, "convolve") as used:
+        ours = conv(enn.GeometricTensor(image, of)).tensor
+    theirs = enn.R2Conv.forward(conv, enn.GeometricTensor(image, of)).tensor
+    assert used.called
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    upstream = torch.randn_like(theirs)
+    for mine, reference in zip(
+        (ours, *torch.autograd.grad(ours, variables, upstream)),
+        (theirs, *torch.autograd.grad(theirs, variables, upstream)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, reference, atol=1e-5 * reference.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("group", ["C8", "D4"])
+def test_a_network_by_its_harmonics_turns_with_the_scene(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Harmonics, "pays", lambda *_: True)
+    actor = make_actor(dataclasses.replace(NETWORK, group=group), SMALL, EQUIVARIANCE["both"])
+    state, action = random_state(SMALL), random_action(SMALL, 6)
+    trained_a_little(actor, lambda: -actor(state).log_prob(action).mean())
+    with spied(Harmonics, "convolve") as used:
+        before = actor(state)
+    assert used.called
+    for turn in QUARTER_TURNS:
+        after = actor(turned(state, turn, SMALL))
+        torch.testing.assert_close(after.mode(), turned_action(before.mode(), turn), atol=EXACT, rtol=0)
+
+
+def test_harmonics_are_for_wide_layers_that_train_in_fp32() -> None:
+    from e2cnn import nn as enn
+
+    of, narrow, wide = (steerable._regular(steerable._space("C8"), fields) for fields in (2, 4, 64))
+
+    def by_harmonics(conv: enn.R2Conv) -> bool:
+        with spied(Harmonics, "convolve") as used:
+            conv(enn.GeometricTensor(torch.randn(1, of.size, 8, 8), of))
+        return used.called
+
+    conv = steerable._conv(of, wide, 3, padding=1)
+    assert by_harmonics(conv)
+    assert not by_harmonics(steerable._conv(of, narrow, 3, padding=1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not by_harmonics(conv)
+    assert not by_harmonics(conv.eval())  # the exported network's numbers, which are the plain convolution's
 
 
 @pytest.mark.parametrize(

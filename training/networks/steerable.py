@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from protos.spaces import Kind, ObservationSpec
 from protos.symmetry import Group
+from training.networks import harmonic
 from training.networks.e2cnn_compat import mend
 from training.networks.family import NetworkConfig, stages
+from training.networks.harmonic import Harmonics
 
 mend()
 
@@ -165,29 +167,43 @@ def _type(space: gspaces.GSpace, kinds: Sequence[Kind]) -> enn.FieldType:
 
 
 class _Conv(enn.R2Conv):
-    """An R2Conv that expands its filter faster, in the memory format in which it is used.
+    """An R2Conv that computes faster what e2cnn's computes; tests compare them.
 
-    e2cnn gives [O, I, k, k] with k last, which a channels-last convolution copies on its way in, forward and backward.
-    Over an image of the filter's size, which leaves one point, it is a matrix product, in a third of the time. The
-    numbers are e2cnn's own (tests compare them).
+    Wide layers are convolved by their harmonics (training.networks.harmonic). Otherwise the filter is expanded faster,
+    in the memory format in which it is used: e2cnn gives [O, I, k, k] with k last, which a channels-last convolution
+    copies on its way in, forward and backward. Over an image of the filter's size, which leaves one point, it is a
+    matrix product, in a third of the time.
     """
 
     def __init__(self, of: enn.FieldType, to: enn.FieldType, size: int, **options: Any) -> None:
         super().__init__(of, to, size, **options)
         expansion = self.basisexpansion
         self._alike = expansion._n_pairs == 1  # one kind of field in, one out: every pair of fields has the same basis
+        self._harmonics = None
         if self._alike:
             (pair,) = expansion._representations_pairs
             basis = getattr(expansion, f"block_expansion_{pair}").sampled_basis  # [n, o, i, k * k]
             self._shape = (len(to), len(of), *basis.shape[1:])
             self.register_buffer("_basis", basis.permute(1, 3, 2, 0).flatten(0, 2).contiguous(), persistent=False)
+            regular = of.gspace.regular_repr
+            if size == harmonic.SIZE and of.representations[0] == to.representations[0] == regular:
+                self._harmonics = Harmonics(basis, regular)
 
     def forward(self, input: enn.GeometricTensor) -> enn.GeometricTensor:
-        if self.padding or input.tensor.shape[-1] != self.kernel_size:
-            return super().forward(input)
-        filter, bias = self.expand_parameters() if self.training else (self.filter, self.expanded_bias)
-        image, matrix = (last.permute(0, 2, 3, 1).flatten(1) for last in (input.tensor, filter))
-        return enn.GeometricTensor(nn.functional.linear(image, matrix, bias)[..., None, None], self.out_type)
+        image = input.tensor
+        if not self.padding and image.shape[-1] == self.kernel_size:
+            filter, bias = self.expand_parameters() if self.training else (self.filter, self.expanded_bias)
+            points, matrix = (last.permute(0, 2, 3, 1).flatten(1) for last in (image, filter))
+            return enn.GeometricTensor(nn.functional.linear(points, matrix, bias)[..., None, None], self.out_type)
+        if self._harmonics is not None and self._pay(self._harmonics, image):
+            made = self._harmonics.convolve(image, self.weights.view(*self._shape[:2], -1), self.padding)
+            return enn.GeometricTensor(made + (self.bias_expansion @ self.bias)[:, None, None], self.out_type)
+        return super().forward(input)
+
+    def _pay(self, harmonics: Harmonics, image: Tensor) -> bool:
+        measured = image.device.type == "cpu" and not torch.is_autocast_enabled("cpu")  # elsewhere rates are others
+        trained = torch.is_grad_enabled() and (self.weights.requires_grad or image.requires_grad)
+        return self.training and measured and harmonics.pays(self._shape[0], trained)
 
     def expand_parameters(self) -> tuple[Tensor, Tensor | None]:
         """The filter [O, I, k, k], channels last, and the bias [O]."""

@@ -26,6 +26,16 @@ space = gspaces.FlipRot2dOnR2(4)
 nn.R2Conv(nn.FieldType(space, [space.regular_repr]), nn.FieldType(space, [space.irrep(1, 1)]), 3)
 """
 
+COMPARE_HASHES = """
+import warnings; warnings.simplefilter("ignore")
+{}
+from e2cnn import gspaces, nn
+space = gspaces.Rot2dOnR2(4)
+field = nn.FieldType(space, [space.regular_repr])
+one, other = (nn.R2Conv(field, field, 3).basisexpansion for _ in range(2))
+print(hash(one) == hash(other))
+"""
+
 
 def runs(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -47,6 +57,15 @@ def test_without_the_copy_repair_dihedral_groups_cannot_be_built() -> None:
 
 def test_with_it_dihedral_groups_are_built() -> None:
     assert runs(BUILD_A_DIHEDRAL_LAYER.format("compat.mend()")).returncode == 0
+
+
+def test_without_the_hash_repair_walking_over_parameters_reads_every_basis() -> None:
+    assert runs(COMPARE_HASHES.format("")).stdout == "True\n"
+
+
+def test_with_it_a_basis_is_hashed_as_any_module_is() -> None:
+    mended = "from training.networks.e2cnn_compat import mend; mend()"
+    assert runs(COMPARE_HASHES.format(mended)).stdout == "False\n"
 
 
 @pytest.mark.parametrize(("name", "module"), [("np", "e2cnn.kernels.utils")])

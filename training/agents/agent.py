@@ -81,7 +81,7 @@ class Learner:
         faster = agent.faster()
         groups = [{"params": [p for p in agent.parameters() if p.requires_grad and p not in faster], "times": 1.0}]
         groups += [{"params": [parameter], "times": times} for parameter, times in faster.items()]
-        self._optimiser = torch.optim.Adam(groups, lr=learning_rate)
+        self._optimiser = torch.optim.Adam(groups, lr=learning_rate, fused=True)
 
     def update(self, batch: Batch, rate: float = 1.0) -> dict[str, float]:
         """One step at `rate` times the learning rate; returns every loss and value by name.

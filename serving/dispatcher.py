@@ -20,8 +20,6 @@ from serving.turn import Caller, Ticket, Turn
 
 SHORT = 0.5
 """In an overload, only who has no more than this share of an inference before him may wait."""
-OFTEN_MISSED = 6
-"""Who was refused so many calls in a row may wait for longer."""
 REPLY_S = 0.002
 """How long a flood's inference waits, at most, until the answer that a controller has just been given is out."""
 
@@ -104,7 +102,8 @@ class Dispatcher:
             now = time.monotonic()
             self._rhythm.asks(name, now)
             if not repeats:
-                if self._rhythm.floods(name, now) and any(self._is_rarer(t.caller, name) for t in self._turns):
+                if self._rhythm.yields(name, now) and any(self._is_rarer(t.caller, name) for t in self._turns):
+                    self._rhythm.holds_back(name)
                     raise _too_much()  # its message would be read at the cost of a controller's inference
                 self._require_room(name)
 
@@ -128,7 +127,7 @@ class Dispatcher:
             self._expire(gone)
         self._require_a_short_wait(name)
         own, room = sum(t.caller.name == name for t in self._line), self._room
-        share = room - 1 if self._rhythm.rarer(name, time.monotonic()) else max(1, room - 1)
+        share = room - 1 if self._rhythm.yields(name, time.monotonic()) else max(1, room - 1)
         if len(self._line) >= room or own >= share:
             full = len(self._line) >= room
             self._rhythm.refuses(name, time.monotonic())
@@ -143,7 +142,7 @@ class Dispatcher:
         keep it so, and it is always this one who has to go.
         """
         now = time.monotonic()
-        if self._rhythm.asked_too_much(now) and self._rhythm.missed(name) < OFTEN_MISSED:
+        if self._rhythm.asked_too_much(now) and not self._rhythm.starves(name):
             left_s = self._rhythm.turn_s - (now - min(self._turns.values(), default=-math.inf))
             if left_s > SHORT * self._rhythm.turn_s:
                 self._rhythm.refuses(name, now)
@@ -167,6 +166,7 @@ class Dispatcher:
 
     def _require_share(self, name: str, size: int = 1) -> None:
         if self._rhythm.is_in_the_way(name, time.monotonic(), size):
+            self._rhythm.holds_back(name)
             raise _too_much()
 
     def _may_start(self, name: str) -> bool:
@@ -190,19 +190,14 @@ class Dispatcher:
 
     def _lead(self, ticket: Ticket) -> None:
         batch = [ticket]
-        if self._max_batch > 1:
-            with self._lock:
-                for other in [t for t in self._line if t.policy is ticket.policy and not t.caller.gone]:
-                    if sum(t.size for t in batch) + other.size <= self._max_batch:
-                        self._line.remove(other)
-                        batch.append(other)
-                        self._rhythm.starts(other.caller.name, time.monotonic(), other.size)
-        self._let_replies_go(ticket.caller.name)
-        # Who has just come, or is to be refused, would else wait for a whole inference, first for the core and then for
-        # the interpreter: at twice the capacity it makes accepted calls' p99 9 ms instead of 25.
-        offer_core()
-        start = time.perf_counter()
         try:
+            if self._max_batch > 1:
+                self._take_along(batch)
+            self._let_replies_go(ticket.caller.name)
+            # Who has just come, or is to be refused, would else wait for a whole inference, first for the core and then
+            # for the interpreter: at twice the capacity it makes accepted calls' p99 9 ms instead of 25.
+            offer_core()
+            start = time.perf_counter()
             proposals = iter(ticket.policy.act_many([o for t in batch for o in t.observations]))
             spent = time.perf_counter() - start
             offer_interpreter()
@@ -218,6 +213,15 @@ class Dispatcher:
             for follower in batch[1:]:
                 follower.called.release()
             self._leave(ticket)
+
+    def _take_along(self, batch: list[Ticket]) -> None:
+        """Those in the line that want the same policy, as many as fit."""
+        with self._lock:
+            for other in [t for t in self._line if t.policy is batch[0].policy and not t.caller.gone]:
+                if sum(t.size for t in batch) + other.size <= self._max_batch:
+                    self._line.remove(other)
+                    batch.append(other)
+                    self._rhythm.starts(other.caller.name, time.monotonic(), other.size)
 
     def _let_replies_go(self, name: str) -> None:
         """Before an inference of `name` takes the core from them: those of the last, to clients that ask much less."""

@@ -19,6 +19,8 @@ MUCH_MORE = 2.0
 SOON_S, TOO_MUCH, OFTEN = 0.2, 1.25, 0.05
 """An overload: so many times what there is is asked for, and of the last moment's calls so many were refused. Callers
 who wait for each answer ask for about all there is, and for more where the model has just become slower."""
+OFTEN_MISSED = 6
+"""Who was refused so many calls in a row starves: beats can keep one client's calls just behind another's for ever."""
 MARGIN_S = 0.005
 """A place is kept free from so long before an inference would be in the way, and so long for a call that is late."""
 REMEMBERED = 256
@@ -53,7 +55,7 @@ class _Client:
     coming: bool = False
     """Its call is on its way from the door to the model."""
     missed: int = 0
-    """Calls in a row that there was no room for."""
+    """Calls in a row that did not reach the model."""
 
     def ask(self, now: float) -> None:
         gap = now - self.asks.last
@@ -116,13 +118,20 @@ class Rhythm:
 
     def refuses(self, name: str, now: float) -> None:
         """A call, for want of room."""
-        self._refusals.note(now)
-        if name in self._clients:
-            self._clients[name].missed += 1
+        if self.holds_back(name):
+            self._refusals.note(now)
 
-    def missed(self, name: str) -> int:
-        """Calls of `name` in a row that there was no room for."""
-        return self._clients[name].missed if name in self._clients else 0
+    def holds_back(self, name: str) -> bool:
+        """A call is refused, for whatever reason. False where it is a part of one that has been counted already."""
+        client = self._clients.get(name)
+        if client is None:
+            return True
+        counts, client.coming = client.coming, False
+        client.missed += counts
+        return counts
+
+    def starves(self, name: str) -> bool:
+        return name in self._clients and self._clients[name].missed >= OFTEN_MISSED
 
     def starts(self, name: str, now: float, inferences: int = 1) -> None:
         if name in self._clients:
@@ -151,8 +160,16 @@ class Rhythm:
         """So many for `name`, begun now, would be at the cost of clients that ask for less."""
         return self.floods(name, now) and (
             self._clients[name].starts.at(now) >= self._client_hz
-            or any(client.due(now, inferences * self.turn_s) for client in self.rarer(name, now))
+            or (
+                self.yields(name, now)
+                and any(client.due(now, inferences * self.turn_s) for client in self.rarer(name, now))
+            )
         )
+
+    def yields(self, name: str, now: float) -> bool:
+        """It floods, and clients that ask for less go first; but not so long that a controller starves."""
+        controls = name in self._clients and self._clients[name].hz(now) <= self._client_hz
+        return self.floods(name, now) and not (controls and self.starves(name))
 
     def floods(self, name: str, now: float) -> bool:
         """Beside clients that ask for less, `name` asks for more than a controller does, or than a fair share."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from serving.rhythm import MARGIN_S, ON_BEAT, REMEMBERED, WINDOW_S, Rhythm
+from serving.rhythm import MARGIN_S, OFTEN_MISSED, ON_BEAT, REMEMBERED, WINDOW_S, Rhythm
 
 TURN_S, LIMIT_HZ = 0.010, 60.0
 
@@ -89,6 +89,38 @@ def test_a_slow_model_is_shared_by_time_even_at_a_controllers_rate():
         rhythm.asks(name, float(t))
     assert rhythm.is_in_the_way("heavy", 2.99)  # asks for 90 % of the time; the robot is due at 3.0
     assert not rhythm.is_in_the_way("robot", 2.99)
+
+
+def refused_beside_a_robot(rhythm, name, hz, calls):
+    """From 3 s on `name` asks and is refused, in the way of a robot at 20 Hz: when the last of these calls came."""
+    robots = iter(np.arange(3.0, 3.0 + calls / hz + 0.05, 0.05))
+    next_one = next(robots)
+    for now in 3.0 + np.arange(calls) / hz:
+        while next_one <= now + 1e-9:
+            rhythm.asks("robot", next_one)
+            next_one = next(robots)
+        rhythm.asks(name, now)
+        assert rhythm.is_in_the_way(name, now)
+        rhythm.holds_back(name)
+    return now
+
+
+def test_a_controller_does_not_starve_beside_one_whose_next_call_is_always_due():
+    """Within its rate: the robot alone asks for nine tenths of the model's time, which is more than its share."""
+    rhythm = together(("fast", 50), ("robot", 20))
+    rhythm.turn_s = 0.045
+    now = refused_beside_a_robot(rhythm, "fast", 50, OFTEN_MISSED)
+    assert rhythm._clients["robot"].due(now + 0.001, rhythm.turn_s)
+    assert not rhythm.is_in_the_way("fast", now + 0.001)
+    rhythm.starts("fast", now)
+    assert not rhythm.starves("fast")
+
+
+def test_a_flood_yields_however_often_it_is_refused():
+    rhythm = together(("flood", 200), ("robot", 20))
+    rhythm.turn_s = 0.045
+    refused_beside_a_robot(rhythm, "flood", 200, 5 * OFTEN_MISSED)
+    assert rhythm.starves("flood")
 
 
 def test_beyond_its_rate_a_flood_waits_for_the_robots_to_go():

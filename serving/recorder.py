@@ -5,6 +5,7 @@ and counted, and acting never waits.
 """
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -30,6 +31,9 @@ GATHER_S = 0.02
 """How often the thread looks for messages. To be woken by each would cost the call that wakes it."""
 QUIET = 100
 """After having looked in vain so often, it waits to be woken after all: an idle server does nothing."""
+
+_STAMP = "%Y%m%dT%H%M%S%f"
+_NAME = re.compile(rf"(\d{{8}}T\d{{12}})-(\d{{5,}}){re.escape(SUFFIX)}")
 
 
 class _Item(NamedTuple):
@@ -74,7 +78,7 @@ class Recorder:
         self._waiting_bytes = 0
         self._counting, self._closing = threading.Lock(), threading.Event()
         self._file: FlightFile | None = None
-        self._opened, self._blocked_until, self._failing = 0, 0.0, False
+        self._blocked_until, self._failing = 0.0, False
         self._infos: dict[tuple[str, str], pb.PolicyInfo] = {}
         self._described: set[tuple[str, str]] = set()
         require_folder(folder)
@@ -88,18 +92,19 @@ class Recorder:
         """
         size = sum(field.ByteSize() if isinstance(field, Message) else len(field) for field in fields.values())
         with self._counting:
-            if self._waiting_bytes + size > WAITING_BYTES:
+            if self._closing.is_set() or self._waiting_bytes + size > WAITING_BYTES:
                 self.dropped += 1
                 return
             self._waiting_bytes += size
-        self._queue.put(_Item(kind, fields, time.time_ns(), size))
+            self._queue.put(_Item(kind, fields, time.time_ns(), size))
 
     def close(self, patience_s: float = 5.0) -> None:
-        """Write what waits, and the file's index."""
-        if self._closing.is_set():
-            return
-        self._closing.set()
-        self._queue.put(None)
+        """Write what waits, and the file's index. What comes later is dropped."""
+        with self._counting:
+            if self._closing.is_set():
+                return
+            self._closing.set()
+            self._queue.put(None)
         self._thread.join(patience_s)
         if self._thread.is_alive():
             log.error("recorder: the disk did not keep up; the last messages are lost")
@@ -115,8 +120,9 @@ class Recorder:
                 with self._counting:
                     self.dropped += 1
                 self._say(error)
-            with self._counting:
-                self._waiting_bytes -= item.size
+            finally:
+                with self._counting:
+                    self._waiting_bytes -= item.size
         self._close()
 
     def _next(self) -> _Item | None:
@@ -148,10 +154,13 @@ class Recorder:
 
     def _open(self, time_ns: int) -> FlightFile:
         self._make_room()
-        self._opened += 1
         self._described = set()
-        stamp = datetime.fromtimestamp(time_ns / 1e9, UTC).strftime("%Y%m%dT%H%M%S%f")
-        return FlightFile(self._folder / f"{stamp}-{self._opened:05d}{SUFFIX}")
+        stamp, number = datetime.fromtimestamp(time_ns / 1e9, UTC).strftime(_STAMP), 1
+        newest = max((file.name for file in self._folder.glob(f"*{SUFFIX}") if _NAME.fullmatch(file.name)), default="")
+        if match := _NAME.fullmatch(newest):
+            # Names are in the order of the files, on which their lives depend, although a clock may be set back.
+            stamp, number = max(stamp, match[1]), int(match[2]) + 1
+        return FlightFile(self._folder / f"{stamp}-{number:05d}{SUFFIX}")
 
     def _describe(self, file: FlightFile, key: tuple[str, str], time_ns: int) -> None:
         """Once a file: contract and provenance of what acts, so that the file can be read alone.
@@ -178,5 +187,5 @@ class Recorder:
         if file is not None:
             try:
                 file.close()
-            except OSError as error:
+            except Exception as error:
                 log.error("recorder: the index could not be written; the messages before are whole: %s", error)

@@ -233,6 +233,7 @@ def check(config: Config) -> str:
 
 def serve(config: Config) -> None:
     """Serve until SIGTERM, SIGINT or PolicyAdmin.Drain."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what it asks for is about to be done; else it would end the process
     share_heaps()
     with Server(config) as server:
         refresh = threading.Event()

@@ -122,18 +122,21 @@ class Sessions:
     def get(self, episode_id: str) -> Episode:
         """Raises Rejected, NOT_FOUND."""
         with self._lock:
-            episode = self._open.get(episode_id)
-            if episode is not None and time.monotonic() - episode.touched < self._idle_s:
-                return episode
-        remedy = f"it ended, was idle for {self._idle_s:g} s, or the server was started again: call StartEpisode"
-        raise Rejected("episode_id", "an open episode", shown(episode_id), remedy, Status.NOT_FOUND)
+            return self._require(episode_id)
 
     def end(self, episode_id: str) -> Episode:
         """Forget it. Raises Rejected, NOT_FOUND."""
-        episode = self.get(episode_id)
         with self._lock:
-            self._open.pop(episode_id, None)
-        return episode
+            episode = self._require(episode_id)
+            del self._open[episode_id]
+            return episode
+
+    def _require(self, episode_id: str) -> Episode:
+        episode = self._open.get(episode_id)
+        if episode is not None and time.monotonic() - episode.touched < self._idle_s:
+            return episode
+        remedy = f"it ended, was idle for {self._idle_s:g} s, or the server was started again: call StartEpisode"
+        raise Rejected("episode_id", "an open episode", shown(episode_id), remedy, Status.NOT_FOUND)
 
     def _forget_idle(self) -> None:
         now = time.monotonic()

@@ -1,5 +1,6 @@
 """Episodes: a pinned policy, steps answered once and in order, limits of their own."""
 
+import contextlib
 import json
 import logging
 import random
@@ -12,8 +13,9 @@ import pytest
 
 from protos.codec import unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
+from protos.errors import Rejected
 from protos.spaces import ACTION, SPEC
-from serving.sessions import WAITING
+from serving.sessions import WAITING, Sessions
 from tests.makers import small_spec, tiny_policy_file
 from tests.serving.requests import acting, refusal
 from tests.serving.test_dispatcher import until
@@ -179,6 +181,35 @@ def test_an_episode_ends_once(running, outcome):
         (running.stub.GetAction, acting(1, episode_id=id_, step=2)),
     ):
         assert refusal(method, message)[0] == "NOT_FOUND"
+
+
+def test_of_two_calls_that_end_an_episode_at_once_one_is_too_late(policy):
+    """Or its end would be recorded twice."""
+    sessions = Sessions(limit=1, idle_s=60.0)
+    episode = sessions.start(policy, None, 0, 0)
+    both, lock = threading.Barrier(2), threading.Lock()
+
+    class Slow:
+        """A lock that is left when both have had it."""
+
+        def __enter__(self):
+            lock.acquire()
+
+        def __exit__(self, *_error):
+            lock.release()
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(0.5)
+
+    sessions._lock = Slow()
+
+    def end(_):
+        try:
+            return sessions.end(episode.id)
+        except Rejected:
+            return None
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(map(bool, pool.map(end, range(2)))) == [False, True]
 
 
 def test_episodes_are_bounded_and_idle_ones_forgotten(serve, healthy):

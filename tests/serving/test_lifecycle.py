@@ -98,6 +98,24 @@ def test_a_signal_is_heard_whichever_thread_is_given_it():
     assert done.returncode == 7
 
 
+RELOADED_TOO_SOON = """
+import os, signal, sys
+from serving import server
+
+def started(_config):
+    os.kill(os.getpid(), signal.SIGHUP)
+    sys.exit(7)
+
+server.Server = started
+server.serve(None)
+"""
+
+
+def test_a_reload_that_comes_while_the_server_starts_does_not_end_it():
+    done = subprocess.run([sys.executable, "-c", RELOADED_TOO_SOON], cwd=REPOSITORY, timeout=20, check=False)
+    assert done.returncode == 7
+
+
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_a_second_signal_does_not_wait(first, second):

@@ -6,6 +6,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import grpc
 import numpy as np
@@ -167,6 +169,24 @@ def test_a_restart_goes_on_in_the_same_folder(record, tmp_path):
     assert numbers_of(tmp_path) == [0, 1]
 
 
+def test_a_clock_that_is_set_back_costs_no_recent_file(record, tmp_path, monkeypatch):
+    """The oldest go, which are not those of the latest hour."""
+    file_bytes, total_bytes, size = 30_000, 120_000, 8192
+    now_ns = time.time_ns()
+    for start, number in ((now_ns, 0), (now_ns - 3600 * 10**9, 100)):
+        monkeypatch.setattr(
+            recorder_module, "time", SimpleNamespace(time_ns=lambda t=start: t, monotonic=time.monotonic)
+        )
+        recorder = record(file_bytes, total_bytes)
+        for i in range(number, number + 30):
+            put(recorder, i, size)
+            wait_until(lambda recorder=recorder: not recorder._waiting_bytes)
+        recorder.close()
+    kept = numbers_of(tmp_path)
+    assert kept == list(range(kept[0], 130))
+    assert kept[0] >= 100
+
+
 @pytest.mark.parametrize("room", [0, 30, 2500, 60_000])
 def test_a_full_disk_costs_messages_and_nothing_else(record, tmp_path, monkeypatch, caplog, room):
     """Full at once, within the header, within the first message, within a later one."""
@@ -209,6 +229,30 @@ def test_what_cannot_be_written_is_dropped_and_the_next_is_written(record, tmp_p
     assert (recorder.recorded, recorder.dropped) == (1, 1)
     assert numbers_of(tmp_path) == [2]
     assert "cannot write" in caplog.text
+
+
+def test_a_file_that_cannot_be_closed_does_not_end_the_recording(record, tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder_module, "TRY_AGAIN_S", 0.0)
+    recorder = record()
+    put(recorder, 1)
+    wait_until(lambda: recorder.recorded == 1)
+    with monkeypatch.context() as broken:
+        for method in ("write", "close"):
+            broken.setattr(FlightFile, method, mock.Mock(side_effect=RuntimeError("no memory to compress")))
+        put(recorder, 2)
+        wait_until(lambda: recorder.dropped == 1)
+    put(recorder, 3)
+    recorder.close()
+    assert (recorder.recorded, recorder.dropped, recorder._waiting_bytes) == (2, 1, 0)
+    assert numbers_of(files_of(tmp_path)[-1]) == [3]
+
+
+def test_what_comes_after_the_end_is_dropped_and_counted(record):
+    """A call whose caller left during a drain may finish later than the server."""
+    recorder = record()
+    recorder.close()
+    put(recorder, 1)
+    assert (recorder.recorded, recorder.dropped) == (0, 1)
 
 
 def test_a_full_disk_is_not_filled_with_empty_files(record, tmp_path, monkeypatch):

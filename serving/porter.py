@@ -1,8 +1,10 @@
 """Refuses at the door: the message of a call that the model has no room for is neither handed over nor parsed."""
 
+import functools
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -12,7 +14,8 @@ from serving.answering import Answering
 from serving.dispatcher import Dispatcher
 from serving.security import Gate
 
-ACTING = frozenset(f"/equiserve.v1.PolicyService/{method}" for method in ("GetAction", "GetActionBatch"))
+OURS = "/equiserve.v1."
+ACTING = frozenset(f"{OURS}PolicyService/{method}" for method in ("GetAction", "GetActionBatch"))
 
 AWAITED = 8
 """Calls of one client whose message has not come: a thread waits for each, and nobody may take all of those."""
@@ -21,26 +24,36 @@ AWAITED = 8
 class Porter(grpc.ServerInterceptor):
     """Asks for room before a message is read, unless the call says that it is a second try: its answer may be at hand.
 
-    To gRPC the method is one with a stream of requests, of which it reads one; on the wire that is the same.
+    To gRPC a method is one with a stream of requests, of which it reads one; on the wire that is the same. What is not
+    ours, health and reflection, has threads of its own: nobody who acts waits for one that they hold.
     """
 
-    def __init__(self, dispatcher: Dispatcher, gate: Gate, answering: Answering) -> None:
-        self._dispatcher, self._gate, self._answering = dispatcher, gate, answering
+    def __init__(self, dispatcher: Dispatcher, gate: Gate, answering: Answering, others: ThreadPoolExecutor) -> None:
+        self._dispatcher, self._gate, self._answering, self._others = dispatcher, gate, answering, others
         self._awaited: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         handler = continuation(details)
-        if handler is None or details.method not in ACTING:
+        if handler is None:
             return handler
+        ours = details.method.startswith(OURS)
+        if handler.unary_unary is not None:
+            handler = self._waiting(handler, details)
+        return handler if ours else _on(self._others, handler)
+
+    def _waiting(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
         method, behave = details.method.rpartition("/")[2], handler.unary_unary
+        acts = details.method in ACTING
         repeats = any(key == RETRY for key, _ in details.invocation_metadata or ())
 
         def enter(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
             try:
-                client = self._gate.require(details.method, details.invocation_metadata) or context.peer()
-                if not self._answering.draining:  # who drains says so
-                    self._dispatcher.admit(client, repeats=repeats)
+                client = context.peer()
+                if acts:
+                    client = self._gate.require(details.method, details.invocation_metadata) or client
+                    if not self._answering.draining:  # who drains says so
+                        self._dispatcher.admit(client, repeats=repeats)
                 self._begin_to_wait(client)
             except Rejected as rejected:
                 self._answering.refuse(method, rejected, context)
@@ -69,3 +82,13 @@ class Porter(grpc.ServerInterceptor):
             self._awaited[client] -= 1
             if not self._awaited[client]:
                 del self._awaited[client]
+
+
+def _on(pool: ThreadPoolExecutor, handler: Any) -> Any:
+    """The same method, on threads of that pool: gRPC looks for it at the function."""
+    for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
+        if (behave := getattr(handler, kind)) is not None:
+            there = functools.partial(behave)
+            there.__dict__.update(getattr(behave, "__dict__", {}), experimental_thread_pool=pool)
+            return handler._replace(**{kind: there})
+    return handler

@@ -29,6 +29,7 @@ from serving.config import Config, parse
 from serving.dispatcher import Dispatcher
 from serving.errors import PolicyRefused, StartupError
 from serving.frames import FrameWatch
+from serving.health import HealthService
 from serving.libc import share_heaps
 from serving.library import Library
 from serving.listening import bind, require_address
@@ -55,6 +56,8 @@ KEEPALIVE_MS = 10_000
 """Who has a call here and answers no ping for so long is gone: his message, which a thread waits for, will not come."""
 THREADS = 32
 """More than inferences and waiting calls together, so that a refusal or a health check always finds one."""
+OTHER_THREADS = 16
+"""For health and reflection."""
 MAX_CONCURRENT_CALLS = 256
 SWITCH_S = 5e-4
 """How long a thread may keep the interpreter from others: at Python's 5 ms, refusals and health would wait so long."""
@@ -71,7 +74,7 @@ class Server:
     def __init__(self, config: Config) -> None:
         self.config = config
         sys.setswitchinterval(SWITCH_S)
-        self.registry, self.metrics, self.health = Registry(), Metrics(), health.HealthServicer()
+        self.registry, self.metrics, self.health = Registry(), Metrics(), HealthService()
         self.stopping = threading.Event()
         """Set when it is time to `stop`."""
         self._reported: set[str] = set()
@@ -96,7 +99,7 @@ class Server:
             pool,
             interceptors=[
                 *([Doorman(self.gate, self.answering.refuse)] if config.tokens else []),
-                Porter(self.dispatcher, self.gate, self.answering),
+                Porter(self.dispatcher, self.gate, self.answering, ThreadPoolExecutor(OTHER_THREADS)),
                 Parser(self.answering.refuse),
             ],
             options=[

@@ -116,6 +116,28 @@ def test_a_reload_that_comes_while_the_server_starts_does_not_end_it():
     assert done.returncode == 7
 
 
+def test_watching_names_that_nobody_knows_does_not_fill_the_memory(running, monkeypatch):
+    """The service remembers each, and anybody may ask."""
+    monkeypatch.setattr("serving.health.MOST_UNKNOWN", 20)
+    stub = health_pb2_grpc.HealthStub(running.channel)
+
+    def first_of(name):
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service=name), timeout=10)
+        try:
+            return next(watch).status
+        except grpc.RpcError as error:
+            return error.code()
+        finally:
+            watch.cancel()
+
+    seen = [first_of(f"policy {i}") for i in range(25)]
+    assert seen == 20 * [health_pb2.HealthCheckResponse.SERVICE_UNKNOWN] + 5 * [grpc.StatusCode.NOT_FOUND]
+    assert first_of("policy 3") == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    assert first_of("x" * 100_000) == grpc.StatusCode.NOT_FOUND
+    assert first_of("tiny") == first_of("") == health_pb2.HealthCheckResponse.SERVING
+    assert len(running.server.health._send_response_callbacks) <= 22
+
+
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_a_second_signal_does_not_wait(first, second):

@@ -1,10 +1,12 @@
 """Who there is no room for is refused before anything else is done for him."""
 
 import threading
+import time
 from collections import Counter
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import RETRY, Rejected, Status
@@ -18,9 +20,8 @@ METHODS = ("GetAction", "GetActionBatch")
 
 def by_stream(channel, method):
     """The method, with its one message in the sender's hands: it may come late, twice or never."""
-    return channel.stream_unary(
-        f"/equiserve.v1.PolicyService/{method}", request_serializer=lambda m: m.SerializeToString()
-    )
+    path = method if method.startswith("/") else f"/equiserve.v1.PolicyService/{method}"
+    return channel.stream_unary(path, request_serializer=lambda m: m.SerializeToString())
 
 
 def ask(channel):
@@ -88,12 +89,13 @@ def test_of_two_messages_the_first_counts(serve, healthy):
     assert pb.GetActionResponse.FromString(answer).raw_action == alone.raw_action
 
 
-def test_who_never_sends_a_message_does_not_take_all_threads(serve, healthy):
+@pytest.mark.parametrize("method", ["GetAction", "GetStats", "/grpc.health.v1.Health/Check"])
+def test_who_never_sends_a_message_does_not_take_all_threads(serve, healthy, method):
     """Of the calls that one client leaves without a message, a few are kept waiting, and the others refused."""
     running, never = serve(policy=(str(healthy),)), threading.Event()
 
     def without_message():
-        return by_stream(idle, "GetAction").future((acting(1) for _ in range(1) if never.wait(20)), timeout=20)
+        return by_stream(idle, method).future((acting(1) for _ in range(1) if never.wait(20)), timeout=20)
 
     with connect(running.server.address) as idle:
         calls = [without_message() for _ in range(THREADS + 8)]
@@ -102,10 +104,27 @@ def test_who_never_sends_a_message_does_not_take_all_threads(serve, healthy):
         assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         assert "message has not come" in refused[0].details()
         assert running.stub.GetAction(acting(1), timeout=5).version
+        assert health_pb2_grpc.HealthStub(running.channel).Check(health_pb2.HealthCheckRequest(), timeout=5).status
         for call in calls:
             call.cancel()
         never.set()
         until(lambda: by_stream(idle, "GetAction").future(iter([acting(1)]), timeout=5).code() is grpc.StatusCode.OK)
+
+
+REFLECT = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+
+
+@pytest.mark.parametrize("method", ["/grpc.health.v1.Health/Watch", REFLECT])
+def test_streams_that_stay_open_take_no_thread_from_who_acts(serve, healthy, method):
+    running, never = serve(policy=(str(healthy),)), threading.Event()
+    with connect(running.server.address) as idle:
+        calls = [idle.stream_stream(method)(b"" for _ in range(1) if never.wait(20)) for _ in range(2 * THREADS)]
+        time.sleep(0.5)
+        assert not any(call.done() for call in calls)
+        assert running.stub.GetAction(acting(1), timeout=5).version
+        for call in calls:
+            call.cancel()
+        never.set()
 
 
 def test_a_second_try_gets_its_answer_though_there_is_no_room(serve, healthy, monkeypatch):

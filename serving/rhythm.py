@@ -158,18 +158,19 @@ class Rhythm:
 
     def is_in_the_way(self, name: str, now: float, inferences: int = 1) -> bool:
         """So many for `name`, begun now, would be at the cost of clients that ask for less."""
-        return self.floods(name, now) and (
-            self._clients[name].starts.at(now) >= self._client_hz
-            or (
-                self.yields(name, now)
-                and any(client.due(now, inferences * self.turn_s) for client in self.rarer(name, now))
-            )
-        )
+        if not self.floods(name, now):
+            return False
+        if self._clients[name].starts.at(now) >= self._client_hz:
+            return True
+        soon = inferences * self.turn_s
+        return not self._is_let_go(name, now) and any(client.due(now, soon) for client in self.rarer(name, now))
 
     def yields(self, name: str, now: float) -> bool:
         """It floods, and clients that ask for less go first; but not so long that a controller starves."""
-        controls = name in self._clients and self._clients[name].hz(now) <= self._client_hz
-        return self.floods(name, now) and not (controls and self.starves(name))
+        return not self._is_let_go(name, now) and self.floods(name, now)
+
+    def _is_let_go(self, name: str, now: float) -> bool:
+        return self.starves(name) and self._clients[name].hz(now) <= self._client_hz
 
     def floods(self, name: str, now: float) -> bool:
         """Beside clients that ask for less, `name` asks for more than a controller does, or than a fair share."""

@@ -53,6 +53,8 @@ class Arm:
             p.changeDynamics(self._body, finger, lateralFriction=1.0, spinningFriction=0.1, physicsClientId=client)
         self._yaw = 0.0  # unwrapped
         self._open = 1.0
+        self._from = self._to = np.array(self._robot.home)  # joints, of the motion under way
+        self._substep = 0  # of that motion
 
     def reset(self, pose: Pose) -> None:
         """Stand still at `pose` with an open gripper; nothing is simulated."""
@@ -63,13 +65,14 @@ class Arm:
             self._place(joints)
         for joint, target in zip(self._fingers, (FINGER_TRAVEL_M, FINGER_TRAVEL_M), strict=True):
             p.resetJointState(self._body, joint, target, physicsClientId=self._client)
+        self._from = self._to = np.array(joints)
         self._command(joints)
 
     def move(self, delta_xyz: np.ndarray, delta_yaw: float, opening: float, latency_s: float = 0.0) -> None:
         """Move the tool by `delta_xyz` (metres) and `delta_yaw` (radians) and the fingers to `opening` (0 closed, 1
         open) during one control step. The target is kept inside the workspace.
 
-        With latency the last command holds that much longer, and the motion ends that much closer to the next frame.
+        With latency the last motion goes on that much longer, and this one is so far from its end at the next frame.
         """
         here = self.tool_pose()
         low = np.array([c - WORKSPACE_HALF_M for c in WORKSPACE_CENTRE] + [TOOL_LOW_M])
@@ -77,16 +80,10 @@ class Arm:
         x, y, z = np.clip(np.array([here.x, here.y, here.z]) + delta_xyz, low, high)
         yaw = float(np.clip(here.yaw + delta_yaw, YAW_CENTRE_RAD - YAW_REACH_RAD, YAW_CENTRE_RAD + YAW_REACH_RAD))
         late = round(latency_s * PHYSICS_HZ)
-        for _ in range(late):
-            p.stepSimulation(physicsClientId=self._client)
-        self._open = opening
-        start = self._angles()
-        goal = np.array(self._solve(Pose(x, y, z, yaw)))
-        for substep in range(_SUBSTEPS - late):
-            if substep % _SUBSTEPS_PER_WAYPOINT == 0:
-                done = min(1.0, (substep + _SUBSTEPS_PER_WAYPOINT) / _RAMP)
-                self._command(start + done * (goal - start))
-            p.stepSimulation(physicsClientId=self._client)
+        self._go_on(late)
+        self._open, self._substep = opening, 0
+        self._from, self._to = self._angles(), np.array(self._solve(Pose(x, y, z, yaw)))
+        self._go_on(_SUBSTEPS - late)
 
     def tool_pose(self) -> Pose:
         """Where the tool centre, between the finger tips, is. The yaw is unwrapped: it counts the wrist's turns."""
@@ -105,8 +102,17 @@ class Arm:
 
     @property
     def holding(self) -> bool:
-        """Whether the gripper was told to close and something keeps its fingers further apart than it was told to."""
-        return self._open < 0.5 and self.finger_gap_m > 2 * FINGER_TRAVEL_M * self._open + HOLDING_MIN_M
+        """Whether something keeps the gripper's fingers further apart than it was told to."""
+        return self.finger_gap_m > 2 * FINGER_TRAVEL_M * self._open + HOLDING_MIN_M
+
+    def _go_on(self, substeps: int) -> None:
+        """With the motion under way, or at its end."""
+        for _ in range(substeps):
+            if self._substep % _SUBSTEPS_PER_WAYPOINT == 0:
+                done = min(1.0, (self._substep + _SUBSTEPS_PER_WAYPOINT) / _RAMP)
+                self._command(self._from + done * (self._to - self._from))
+            p.stepSimulation(physicsClientId=self._client)
+            self._substep += 1
 
     def _angles(self) -> np.ndarray:
         return np.array([s[0] for s in p.getJointStates(self._body, self._joints, physicsClientId=self._client)])

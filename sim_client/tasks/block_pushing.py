@@ -25,6 +25,8 @@ AWAY_M, ASIDE_M, ASKEW_RAD = (0.05, 0.10), 0.03, math.pi / 9
 """Where the block starts: before its goal, to the side of it, turned from flush."""
 GOAL_M = 0.02
 """The block's middle must come to rest this close to the goal."""
+STANDS_M = 0.005
+"""And its centre this close to its height on the table: held in the air over its goal, it has not been pushed there."""
 WRIST_SPREAD_RAD = math.pi / 3
 FULL_TILT_RAD = math.radians(20)
 
@@ -62,7 +64,9 @@ class BlockPushing:
         return start_pose(rng, turn, self._push_yaw, WRIST_SPREAD_RAD)
 
     def succeeded(self, arm: Arm) -> bool:
-        return bool(np.linalg.norm(self._goal - self._block.xy) < GOAL_M) and self._block.settled
+        there = bool(np.linalg.norm(self._goal - self._block.xy) < GOAL_M)
+        stands = abs(self._block.position[2] - self._half) < STANDS_M
+        return there and stands and self._block.settled and not arm.holding
 
     def expert(self, arm: Arm) -> NDArray[np.float32]:
         """Behind the block, seen from the goal; down; push, sideways slips corrected on the way."""

@@ -71,7 +71,7 @@ def test_the_gripper_says_when_it_holds(env: gymnasium.Env[Any, Any]) -> None:
     assert held.index(True) == closed.index(True) + 1
 
 
-@pytest.mark.parametrize("opening", [0.0, 0.04, 0.2, 0.49])
+@pytest.mark.parametrize("opening", [0.0, 0.04, 0.2, 0.49, 0.55, 0.8, 1.0])
 def test_closing_on_nothing_is_not_holding(env: gymnasium.Env[Any, Any], opening: float) -> None:
     """Nor is closing half-way, as a policy does that cannot decide: the command alone keeps the fingers apart."""
     env.reset(seed=1)

@@ -10,6 +10,7 @@ import pytest
 
 from protos.spaces import ACTION, OBSERVATION
 from sim_client import ENV_IDS
+from sim_client.arm import PHYSICS_HZ
 from sim_client.env import TabletopEnv
 from sim_client.randomization import Misplacement, Randomization
 from sim_client.world import World, unwrapped
@@ -98,6 +99,19 @@ def test_latency_leaves_a_motion_unfinished_at_the_next_frame() -> None:
         env.close()
     assert moved[0] == pytest.approx(0.05, abs=2e-3)
     assert 0.005 < moved[1] < moved[0] - 0.005
+
+
+def test_latency_delays_a_motion_and_does_not_shorten_it() -> None:
+    """What is left of it at the next frame comes before the next motion."""
+    env = TabletopEnv("block_picking", randomize={"latency_s": 0.2})
+    _, before = env.reset(seed=2)
+    env._latency_s = 0.2
+    action = STILL.copy()
+    action[ACTION.slice_of("lift")] = 0.05
+    env.step(action)
+    env.arm._go_on(round(0.2 * PHYSICS_HZ))
+    assert env.arm.tool_pose().z - before["tool_pose"][2] == pytest.approx(0.05, abs=2e-3)
+    env.close()
 
 
 def test_a_misplaced_camera_is_misplaced_by_as_much_as_asked() -> None:

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import gymnasium
 import numpy as np
+import pybullet as p
 import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -124,6 +125,38 @@ def test_success_is_not_declared_while_the_gripper_still_holds() -> None:
     assert any(held)
     assert not held[-1]
     assert actions[-1][ACTION.slice_of("gripper")] == 1.0
+    env.close()
+
+
+def test_a_block_gripped_half_way_is_held() -> None:
+    """As by a policy that commands a little more than half open: the fingers still squeeze it, and it comes along."""
+    env = gymnasium.make(ENV_IDS["block_picking"])
+    env.reset(seed=1)
+    bare, done = unwrapped(env), False
+    while not bare.arm.holding:
+        env.step(expert(env))
+    action = np.zeros(ACTION.size, np.float32)
+    action[ACTION.slice_of("gripper")], action[ACTION.slice_of("lift")] = 0.52, 0.05
+    for _ in range(4):
+        obs, _, done, *_ = env.step(action)
+        if done:
+            break
+    assert bare.task._block.position[2] > 0.06
+    assert obs["gripper"][0] == 1.0
+    assert done
+    env.close()
+
+
+def test_a_block_held_over_its_goal_has_not_been_pushed_there() -> None:
+    env = gymnasium.make(ENV_IDS["block_pushing"])
+    env.reset(seed=1)
+    task = unwrapped(env).task
+    on_the_table = task._block.position[2]
+    task._block.place(task._goal, 0.0)
+    assert task.succeeded(unwrapped(env).arm)
+    up = (*task._goal, on_the_table + 0.15)
+    p.resetBasePositionAndOrientation(task._block.id, up, (0, 0, 0, 1), physicsClientId=unwrapped(env)._client)
+    assert not task.succeeded(unwrapped(env).arm)
     env.close()
 
 

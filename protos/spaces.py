@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
@@ -32,6 +32,14 @@ class Kind(StrEnum):
 SCALAR, VECTOR, PSEUDOSCALAR = Kind.SCALAR, Kind.VECTOR, Kind.PSEUDOSCALAR
 
 
+def _as_floats(spec: Any) -> None:
+    """30 and 30.0, 0.0 and -0.0 are equal, and must be the same text in a contract."""
+    for field in fields(spec):
+        value = getattr(spec, field.name)
+        if isinstance(value, int | float) and field.type in (float, float | None):
+            object.__setattr__(spec, field.name, float(value) + 0.0)
+
+
 @dataclass(frozen=True)
 class Field:
     """One field of an action: its components, how it transforms, and its bound in physical units.
@@ -48,6 +56,7 @@ class Field:
     high: float | None = None
 
     def __post_init__(self) -> None:
+        _as_floats(self)
         interval = self.low is not None and self.high is not None
         if (self.limit is not None) == interval:
             raise ValueError(f"field {self.name}: give either limit or both low and high")
@@ -128,9 +137,14 @@ class ActionSpec:
 
     def project(self, action: FloatArray) -> FloatArray:
         """The nearest action within bounds, [..., size]: vectors are shortened, never clipped per axis."""
-        sizes = np.maximum(self.magnitudes(action), 1.0)
+        with np.errstate(over="ignore"):
+            sizes = np.maximum(self.magnitudes(action), 1.0)
+        wide = action
+        if not np.isfinite(sizes).all():  # the square of a float32 beyond 1e19, or its normalised value, overflows
+            wide = action.astype(np.float64)
+            sizes = np.maximum(self.magnitudes(wide), 1.0)
         counts = [len(f.components) for f in self.fields]
-        return self.denormalize(self.normalize(action) / np.repeat(sizes, counts, axis=-1)).astype(action.dtype)
+        return self.denormalize(self.normalize(wide) / np.repeat(sizes, counts, axis=-1)).astype(action.dtype)
 
 
 class GripperState(StrEnum):
@@ -174,6 +188,7 @@ class ObservationSpec:
     gripper: GripperState = GripperState.HOLDING
 
     def __post_init__(self) -> None:
+        _as_floats(self)
         if not (isinstance(self.height, int) and self.height == self.width and self.height > 0):
             raise ValueError(f"the view must be square, whole pixels, got {self.height} x {self.width}")
         if not 0 < self.elevation_deg <= 90 or (self.view is View.TOPDOWN and self.elevation_deg != 90):

@@ -216,9 +216,10 @@ class PolicyClient:
             yield episode
         except BaseException:
             episode.outcome = Outcome.OUTCOME_ABORTED
+            with suppress(PolicyError):  # what went wrong before is what the caller must hear of
+                self._end(episode)
             raise
-        finally:
-            self._end(episode)
+        self._end(episode)
 
     def _act(self, observation: Observation, pose: Pose | None, age_us: int, **whose: Any) -> Answer:
         start, sent = time.perf_counter(), time.monotonic()
@@ -245,11 +246,15 @@ class PolicyClient:
         )
 
     def _end(self, episode: Episode) -> None:
-        """A server that is gone, or has forgotten the episode, must not hide how it went here."""
+        """A server that is gone or too slow, or has forgotten the episode, must not hide how it went here."""
         try:
             self._call(self._stub.EndEpisode, Outcome(episode_id=episode.id, outcome=episode.outcome))
         except PolicyError as error:
-            if error.code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND):
+            if error.code not in (
+                grpc.StatusCode.UNAVAILABLE,
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                grpc.StatusCode.NOT_FOUND,
+            ):
                 raise
 
     def _connect(self) -> tuple[pb.PolicyInfo, PolicySpec]:

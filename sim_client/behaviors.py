@@ -84,7 +84,8 @@ class Actors:
 
     def __init__(self, env: "gymnasium.Env[Any, Any]", noise: float) -> None:
         self._env, self._noise = unwrapped(env), noise
-        self._policies: dict[Path, Any] = {}
+        self.policies: dict[Path, Any] = {}
+        """By file, those that have acted or are about to."""
 
     def actor(self, behavior: Behavior, rng: np.random.Generator) -> Act:
         """`rng` is all the chance there is in what it does."""
@@ -97,17 +98,17 @@ class Actors:
             return lambda obs, info: uniform(spec, rng)
         assert behavior.file is not None  # `parse` made it
         policy = self._policy(behavior.file)
-        return lambda obs, info: policy.act(observation_of(obs)).action
+        return lambda obs, info: spec.project(policy.act(observation_of(obs)).action)
 
     def _policy(self, file: Path) -> Any:
-        if file not in self._policies:
+        if file not in self.policies:
             from serving.policy import load
             from serving.proofs import prove
 
             policy = prove(load(file, intra_op_threads=1))
             self._env.spec_of_policy.require_same(policy.spec, str(file))
-            self._policies[file] = policy
-        return self._policies[file]
+            self.policies[file] = policy
+        return self.policies[file]
 
 
 def noisy(action: NDArray[np.float32], noise: float, spec: ActionSpec, rng: np.random.Generator) -> NDArray[np.float32]:

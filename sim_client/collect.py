@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import math
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -79,8 +81,8 @@ class Collect:
         is_noisy = any(behavior.kind == "noisy" for behavior in parse(self.behavior))
         if is_noisy != ((self.noise is None) != (self.target_success is None)):
             raise ValueError("a noisy behaviour, and no other, takes one of --noise X and --target-success SHARE")
-        if self.noise is not None and not self.noise >= 0:
-            raise ValueError(f"--noise must not be negative, got {self.noise}")
+        if self.noise is not None and not 0 <= self.noise < math.inf:
+            raise ValueError(f"--noise must be finite and not negative, got {self.noise}")
         if self.target_success is not None and not 0 < self.target_success < 1:
             raise ValueError(f"--target-success is a share between 0 and 1, got {self.target_success}")
 
@@ -132,6 +134,7 @@ def prepare(config: Collect) -> About:
         actors = Actors(env, noise=0.0)
         for behavior in parse(config.behavior):
             actors.actor(behavior, np.random.default_rng())
+        policies = {str(file): policy.sha256 for file, policy in actors.policies.items()}
         assert env.spec is not None  # Gymnasium made it
         return About(
             spec=unwrapped(env).spec_of_policy,
@@ -139,7 +142,7 @@ def prepare(config: Collect) -> About:
             behavior=config.behavior,
             dataset_id=f"equiserve/{config.task.replace('_', '-')}/{config.behavior.partition(':')[0]}-v0",
             env_spec=env.spec.to_json(),
-            notes={"seed": config.seed},
+            notes={"seed": config.seed} | ({"policies": policies} if policies else {}),
         )
     finally:
         env.close()
@@ -168,6 +171,7 @@ def collect(config: Collect) -> Summary:
         raise FileExistsError(f"{config.output} exists already: choose another --output or remove it first")
     about = prepare(config)
     request = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "workers")}
+    request |= {k: about.notes[k] for k in ("policies",) if k in about.notes}  # a file may have been replaced since
     partial = Partial(config.output, json.loads(json.dumps(request, default=str)))
     noise, notes = config.noise or 0.0, dict(about.notes)
     if config.target_success is not None:
@@ -197,6 +201,7 @@ def _noisy_recorder(config: Collect, noise: float, first_seed: int) -> Record:
 
 def main() -> int:
     config = tyro.cli(Collect, description=Collect.__doc__)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, what is under way is cleared up
     try:
         done = collect(config)
     except (FileExistsError, PolicyRefused, ValueError) as error:

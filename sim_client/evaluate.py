@@ -1,11 +1,13 @@
 """The stand-in robot's closed loop through a policy server: `python -m sim_client.evaluate --help`."""
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -16,9 +18,8 @@ from tqdm import tqdm
 
 from protos.errors import Rejected
 from protos.files import write_atomically
-from protos.spaces import Observation, Pose
-from serving.client import Answer, PolicyClient, PolicyError
-from serving.client import Episode as ServedEpisode
+from protos.spaces import Pose
+from serving.client import PolicyClient, PolicyError
 from sim_client import TaskName
 from sim_client.env import Obs, observation_of
 from sim_client.episodes import Episode
@@ -26,6 +27,7 @@ from sim_client.rollout import rollout
 from sim_client.seeds import EVALUATED, EVALUATED_PER_SEED
 from sim_client.world import World, unwrapped
 
+T = TypeVar("T")
 BUSY_WAIT_S = 0.02
 """After a refusal for lack of room: a control period at 50 Hz."""
 
@@ -69,6 +71,14 @@ class Evaluate:
             raise ValueError(f"--min-success is a share between 0 and 1, got {self.min_success}")
 
 
+class Outcome(NamedTuple):
+    """Of one episode; its frames would be 3 MB."""
+
+    seed: int
+    steps: int
+    success: bool
+
+
 class Robot:
     """Acts through a client, an episode at a time, and keeps what it saw: latencies, interventions, holds, refusals.
 
@@ -82,10 +92,12 @@ class Robot:
 
     def run(self, env: gym.Env[Obs, NDArray[np.float32]], seed: int) -> Episode:
         """One scene, as one episode of the server: its recording, if it makes one, is labelled with the outcome."""
-        with self._client.episode() as served:
+        with contextlib.ExitStack() as stack:
+            served = self._patiently(lambda: stack.enter_context(self._client.episode()))
 
             def act(obs: Obs, info: dict[str, Any]) -> NDArray[np.float32]:
-                answer = self._ask(served, observation_of(obs), Pose(*map(float, info["tool_pose"])))
+                observation, pose = observation_of(obs), Pose(*map(float, info["tool_pose"]))
+                answer = self._patiently(lambda: served.act(observation, pose))
                 self.latency_ms.append(answer.latency_ms)
                 self.interventions += len(answer.interventions)
                 self.holds += answer.hold
@@ -95,12 +107,12 @@ class Robot:
             served.succeeded(episode.success)
         return episode
 
-    def _ask(self, served: ServedEpisode, observation: Observation, pose: Pose) -> Answer:
+    def _patiently(self, ask: Callable[[], T]) -> T:
         """A robot would skip a step that came too late; here the world stands still meanwhile, so ask again."""
         patient_until = time.monotonic() + self._patience_s
         while True:
             try:
-                return served.act(observation, pose)
+                return ask()
             except PolicyError as error:
                 if not (error.busy or error.late) or time.monotonic() >= patient_until:
                     raise
@@ -115,21 +127,25 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     spec = unwrapped(env).spec_of_policy
     with PolicyClient(config.server, policy=config.policy, spec=spec, timeout_s=config.timeout_s) as client:
         info = client.wait_ready(config.wait_s)
+    # The version that the report speaks of, whatever is loaded meanwhile.
+    with PolicyClient(config.server, info.name, info.version, spec=spec, timeout_s=config.timeout_s) as client:
         robot = Robot(client, config.timeout_s)
-        episodes: list[Episode] = []
+        episodes: list[Outcome] = []
         start = time.perf_counter()
         with tqdm(range(config.episodes), unit="episode", desc=config.task) as bar:
             for index in bar:
-                episodes.append(robot.run(env, EVALUATED + config.seed * EVALUATED_PER_SEED + index))
+                seed = EVALUATED + config.seed * EVALUATED_PER_SEED + index
+                episode = robot.run(env, seed)
+                episodes.append(Outcome(seed, len(episode), episode.success))
                 bar.set_postfix_str(f"{sum(e.success for e in episodes)}/{len(episodes)} succeeded")
         seconds = time.perf_counter() - start
     env.close()
     return _report(config, info, episodes, robot, seconds)
 
 
-def _report(config: Evaluate, policy: Any, episodes: list[Episode], robot: Robot, seconds: float) -> dict[str, Any]:
+def _report(config: Evaluate, policy: Any, episodes: list[Outcome], robot: Robot, seconds: float) -> dict[str, Any]:
     successes = sum(e.success for e in episodes)
-    steps = sum(map(len, episodes))
+    steps = sum(e.steps for e in episodes)
     interval = binomtest(successes, len(episodes)).proportion_ci(0.95, method="wilson")
     return {
         "task": config.task,
@@ -150,7 +166,7 @@ def _report(config: Evaluate, policy: Any, episodes: list[Episode], robot: Robot
         "policy_version": policy.version,
         "policy_sha256": policy.sha256,
         "seconds": {"evaluate": seconds},
-        "lengths": [len(e) for e in episodes],
+        "lengths": [e.steps for e in episodes],
         "failed_seeds": [e.seed for e in episodes if not e.success],
     }
 
@@ -162,8 +178,6 @@ def main() -> int:
     except (PolicyError, Rejected, ValueError) as error:
         print(f"evaluation stopped: {error}", file=sys.stderr)
         return 2
-    if config.report:
-        write_atomically(config.report, (json.dumps(report, indent=2) + "\n").encode())
     latency = report["latency_ms"]
     print(
         f"{report['task']}: {report['successes']} of {report['episodes']} episodes succeeded, "
@@ -171,6 +185,12 @@ def main() -> int:
         f"latency p50 {latency['p50']:.1f} ms, p95 {latency['p95']:.1f} ms, p99 {latency['p99']:.1f} ms; "
         f"{report['control_steps_per_s']:.0f} control steps/s"
     )
+    if config.report:
+        try:
+            write_atomically(config.report, (json.dumps(report, indent=2) + "\n").encode())
+        except OSError as error:
+            print(f"--report {config.report}: {error.strerror}", file=sys.stderr)
+            return 2
     if config.min_success is not None and report["success_rate"] < config.min_success:
         print(f"below --min-success {config.min_success:.1%}", file=sys.stderr)
         return 1

@@ -3,7 +3,10 @@
 import io
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
@@ -30,6 +33,7 @@ class Partial:
             FileExistsError: what was left was asked for differently.
         """
         self.folder = output.with_name(f".{output.name}.partial")
+        shutil.rmtree(self._done, ignore_errors=True)  # of a removal that was interrupted
         asked, ours = self.folder / "request.json", json.dumps(request, sort_keys=True, indent=2)
         if asked.exists() and asked.read_text() != ours:
             before = json.loads(asked.read_text())
@@ -38,7 +42,13 @@ class Partial:
                 f"{self.folder} holds an interrupted collection that differs in {', '.join(differ)}: "
                 f"finish that one with its own settings, or remove the folder"
             )
+        if not asked.exists() and any(self.folder.glob("*.npz")):
+            raise FileExistsError(f"{self.folder} holds episodes, and nothing says of what: remove the folder")
         write_atomically(asked, ours.encode())
+
+    @property
+    def _done(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.done")
 
     def path(self, index: int) -> Path:
         return self.folder / f"{index:07d}.npz"
@@ -49,7 +59,8 @@ class Partial:
         return Episode(**{name: value if value.ndim else value.item() for name, value in values.items()})
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder)
+        self.folder.rename(self._done)  # at once: a part of them would be taken for an interrupted collection's
+        shutil.rmtree(self._done)
 
 
 def save(path: Path, episode: Episode) -> None:
@@ -97,7 +108,16 @@ def _parallel(partial: Partial, make: Callable[[], Record], workers: int) -> Ite
 
 def _start(make: Callable[[], Record]) -> None:
     global _record
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     _record = make()
+
+
+def _end_with_the_parent() -> None:
+    """A worker holds both ends of the queue that it waits at, and would not see that nobody is left to fill it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _run(path: Path) -> None:

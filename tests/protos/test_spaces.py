@@ -59,6 +59,22 @@ def other_action(index: int, field: Field) -> PolicySpec:
 OTHER_SPECS = [PolicySpec(o, ACTION) for o in OTHER_OBSERVATIONS] + [other_action(*f) for f in OTHER_FIELDS]
 
 
+@pytest.mark.parametrize("huge", [1e20, -1e38, 3.4e38])
+def test_projection_shortens_what_is_too_large_to_square(huge):
+    """To its bound, not to nothing, and never to NaN, which a robot would be told."""
+    action = np.array([1.0, huge, 0.0, huge, 0.0], np.float32)
+    expected = [1.0, np.copysign(0.05, huge), 0.0, np.copysign(0.05, huge), 0.0]
+    np.testing.assert_allclose(ACTION.project(action), expected, rtol=1e-6)
+
+
+def test_equal_contracts_have_equal_digests():
+    whole, real = (replace(OBSERVATION, depth_min_m=zero, depth_max_m=one) for zero, one in ((0, 1), (-0.0, 1.0)))
+    assert whole == real
+    assert PolicySpec(whole, ACTION).digest == PolicySpec(real, ACTION).digest
+    fields = [replace(ACTION.fields[0], low=low, high=high) for low, high in ((0, 1), (0.0, 1.0))]
+    assert len({PolicySpec(OBSERVATION, ActionSpec((field,))).digest for field in fields}) == 1
+
+
 @given(actions)
 def test_projection_lands_within_limits_and_stays_there(action):
     once = ACTION.project(action)

@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import json
-import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -161,13 +160,18 @@ def test_an_interrupted_collection_goes_on_where_it_was(tmp_path: Path, monkeypa
 def test_a_killed_collection_loses_at_most_the_running_episodes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sim_client.collect", "--task", "block_picking", "--episodes", "500"]
     asked = ["--workers", "2", "--output", str(tmp_path / "d")]
-    process = subprocess.Popen([*command, *asked], start_new_session=True)
+    process = subprocess.Popen([*command, *asked])
     folder = tmp_path / ".d.partial"
     deadline = time.monotonic() + 60
     while len(list(folder.glob("*.npz"))) < 6 and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()  # the command alone, as the kernel does where memory is short
     process.wait()
+    assert len(pids) >= 2
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "its workers stay for ever"
+        time.sleep(0.05)
     files = sorted(p.name for p in folder.glob("*.npz"))
     assert len(files) >= 6
     for file in files:
@@ -181,6 +185,37 @@ def test_what_was_left_of_another_collection_is_not_mixed_in(tmp_path: Path) -> 
     workers.Partial(config.output, json.loads(json.dumps(request, default=str)))
     with pytest.raises(FileExistsError, match="differs in seed"):
         collect(dataclasses.replace(config, seed=1))
+
+
+def test_episodes_that_nobody_knows_the_request_of_are_not_taken_for_ours(tmp_path: Path) -> None:
+    """As a removal leaves them that was interrupted, or a worker that outlived its collection."""
+    config = Collect(output=tmp_path / "d", task="block_picking", episodes=1)
+    folder = tmp_path / ".d.partial"
+    folder.mkdir()
+    (folder / "0000000.npz").write_bytes(b"another's")
+    with pytest.raises(FileExistsError, match="remove the folder"):
+        collect(config)
+    shutil.rmtree(folder)
+    collect(config)
+    assert not list(tmp_path.glob(".d*"))
+
+
+def test_a_policy_that_was_replaced_meanwhile_does_not_go_on_for_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tiny_policy_file(tmp_path / "tiny.onnx", SPEC)
+    config = Collect(output=tmp_path / "d", task="block_picking", episodes=2, behavior=f"policy:{file}")
+
+    def interrupted(*_args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sim_client.collect.write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            collect(config)
+    tiny_policy_file(file, SPEC, weight=2.0)
+    with pytest.raises(FileExistsError, match="differs in policies"):
+        collect(config)
 
 
 def test_an_existing_dataset_is_not_overwritten(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def recorded(output: Path) -> RunConfig:
     path = output / SETTINGS
     try:
         return RunConfig(**_typed(json.loads(path.read_text()) | {"output": output, "resume": False}))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise Rejected(str(output), "a run of training.run", "none", "name its --output") from error
     except (TypeError, ValueError, KeyError) as error:
         raise Rejected(str(path), "the settings of a run of this version", repr(error), "start a new run") from error

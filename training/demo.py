@@ -74,7 +74,11 @@ def server(policy: Path, *flags: str) -> Iterator[str]:
         yield line.removeprefix(SERVING_LINE).strip()
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def demonstrate(config: Demo) -> Path:
@@ -107,6 +111,7 @@ def demonstrate(config: Demo) -> Path:
 
 def main() -> int:
     config = tyro.cli(Demo, description=Demo.__doc__)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, nothing is left running
     try:
         path = demonstrate(config)
     except (subprocess.CalledProcessError, RuntimeError) as error:

@@ -74,5 +74,10 @@ def _device(name: str, local_rank: int) -> torch.device:
         raise Rejected(
             "device", "a CUDA device that torch can use", "none", "leave out --device, or install a CUDA torch"
         )
+    if local_rank >= (there := torch.cuda.device_count()):
+        wanted = f"{local_rank + 1} or more processes"
+        raise Rejected(
+            "--nproc-per-node", f"at most {there}, a GPU for each", wanted, "start fewer, or add --device cpu"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -48,11 +48,12 @@ def evaluate(config: Evaluate) -> Result:
     torch.set_num_threads(1)
     try:
         state = torch.load(config.snapshot, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise Rejected(str(config.snapshot), "a snapshot of training.run", repr(error), "remove it") from error
-    spec = PolicySpec.from_json(state["spec"])
-    agent = make_agent(recorded(config.snapshot.parent.parent), spec)
-    agent.load_state_dict(state["agent"])
+        spec = PolicySpec.from_json(state["spec"])
+        agent = make_agent(recorded(config.snapshot.parent.parent), spec)
+        agent.load_state_dict(state["agent"])
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        expected = "OUTPUT/evaluations/update-N.pt of a run"
+        raise Rejected(str(config.snapshot), expected, repr(error)[:200], "name such a file") from error
     graph = Graph(agent, spec).eval()
 
     @torch.no_grad()

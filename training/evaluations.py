@@ -55,6 +55,7 @@ class Evaluations:
             raise Rejected("--eval-every", "data of a simulator", "data without one", "leave out --eval-every")
         self._run, self._folder = run, run.config.output / FOLDER
         self._process: subprocess.Popen[str] | None = None
+        self._result = self._folder  # where the process will write it
         self._told: set[int] = set()
 
     def take(self) -> None:
@@ -85,7 +86,8 @@ class Evaluations:
         while self._process is not None and not stop.is_set():
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(LOOK_EVERY_S)
-            fresh += self.poll()
+            if not stop.is_set():  # who ends this run may have ended its evaluation, too
+                fresh += self.poll()
         return fresh
 
     def results(self) -> list[Result]:
@@ -114,10 +116,11 @@ class Evaluations:
             failed = self._process.returncode
             said = (self._process.stderr.read() if self._process.stderr else "").strip()
             self._process = None
-            if failed:
+            if failed and not self._result.exists():  # another of the same, left by a run that was killed, was faster
                 raise EvaluationError(f"an evaluation failed with exit code {failed}: {said[-500:]}")
         waiting = [p for p in sorted(self._folder.glob("*.pt")) if not p.with_suffix(".json").exists()]
         if self._process is None and waiting:
+            self._result = waiting[0].with_suffix(".json")
             command = ["training.evaluate", str(waiting[0]), "--episodes", str(self._run.config.eval_episodes)]
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *command],

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import pickle
 import time
 from typing import Any
 
@@ -57,7 +58,8 @@ class Run:
             n_step=config.n_step,
             device=self.device,
         )
-        largest_return = float(self.dataset.reward.abs().max()) / (1 - config.discount)
+        # The data's rewards are sums over n steps already.
+        largest_return = float(self.dataset.reward.abs().max()) / (1 - config.discount**config.n_step)
         self.learner = Learner(
             make_agent(config, self.dataset.spec).to(self.device),
             config.learning_rate,
@@ -149,10 +151,11 @@ class Run:
         }
         path = self.config.output / DIAGNOSIS
         write_atomically(path, (json.dumps(diagnosis, indent=2) + "\n").encode())
+        kept = "The last good checkpoint is kept: s" if (self.config.output / CHECKPOINT).exists() else "S"
         cause = f"the batch's {' and '.join(broken)} are not finite" if broken else "the data of the batch are finite"
         error.args = (
-            f"{error} at update {self.updates}; {cause}. {path} names the batch and all losses. The last good "
-            f"checkpoint is kept: start a new run with a lower --learning-rate, or check the data with "
+            f"{error} at update {self.updates}; {cause}. {path} names the batch and all losses. {kept}tart a new "
+            f"run with a lower --learning-rate, or check the data with "
             f"python -m training.data validate {self.config.dataset}",
         )
 
@@ -173,7 +176,10 @@ class Run:
         path = self.config.output / CHECKPOINT
         if not path.exists():
             return  # stopped before its first checkpoint: begin again
-        state = torch.load(path, weights_only=True, map_location=self.device)
+        try:
+            state = torch.load(path, weights_only=True, map_location=self.device)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise Rejected(str(path), "a checkpoint of training.run", repr(error)[:200], "start a new run") from error
         if state["dataset_sha256"] != self.dataset.sha256:
             raise Rejected(
                 "dataset", f"sha256 {state['dataset_sha256']}", self.dataset.sha256, "resume with the same data"

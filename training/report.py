@@ -6,7 +6,7 @@ import html
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ import onnx
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy.stats import binomtest
 from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
@@ -117,7 +118,10 @@ class Run:
 
 def _served(path: Path, sha256: str) -> dict[str, Any] | None:
     for file in sorted(path.glob("*.json")):
-        found = json.loads(file.read_text())
+        try:
+            found = json.loads(file.read_text())
+        except ValueError:  # somebody else's
+            continue
         if isinstance(found, dict) and found.get("policy_sha256") == sha256:
             return found
     return None
@@ -126,6 +130,8 @@ def _served(path: Path, sha256: str) -> dict[str, Any] | None:
 def write_report(config: Report) -> None:
     """Read the runs and write the page, whole or not at all. Raises Rejected when a directory holds no run."""
     runs = [Run.read(path) for path in config.runs]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, name=str(path)) for run, path in zip(runs, config.runs, strict=True)]
     tags = sorted({tag for run in runs for tag in run.curves if not tag.startswith("success/wilson")})
     sections = "".join(
         f"<h2>{html.escape(group)}</h2>{image(_figure(runs, [tag for tag in tags if _group(tag) == group]))}"
@@ -152,7 +158,8 @@ def _figure(runs: list[Run], tags: list[str]) -> Figure:
         axis.set(title=tag, xlabel="update")
         if tag == RATE:
             axis.set_ylim(0, 1.02)
-    figure.axes[0].legend(fontsize=8)
+    lines = [Line2D([], [], color=f"C{number}", label=run.name) for number, run in enumerate(runs)]
+    figure.legend(handles=lines, fontsize=8, loc="outside lower left", ncols=min(4, len(lines)))
     return figure
 
 
@@ -173,7 +180,7 @@ def main() -> int:
     config = tyro.cli(Report, description=Report.__doc__)
     try:
         write_report(config)
-    except Rejected as error:
+    except (Rejected, OSError) as error:
         print(f"no report: {error}", file=sys.stderr)
         return 1
     print(config.output)

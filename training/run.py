@@ -29,6 +29,8 @@ from training.memory import keep_freed_memory
 
 LOG_EVERY, PROBE_EVERY = 20, 200
 POLICY = "policy.onnx"
+SAME_SIGNAL_S = 0.5
+"""Within this time, signals to several processes of a job are one."""
 
 
 def train(config: RunConfig) -> Path:
@@ -46,7 +48,9 @@ def train(config: RunConfig) -> Path:
     if config.threads:
         torch.set_num_threads(config.threads)
     run = Run(config)
-    evaluations = Evaluations(run) if config.eval_every and run.processes.leads else None
+    evaluations = Evaluations(run) if config.eval_every else None  # in all processes: all refuse, or none
+    if not run.processes.leads:
+        evaluations = None
     if config.resume:
         run.restore()
     if run.processes.leads:
@@ -54,13 +58,15 @@ def train(config: RunConfig) -> Path:
         _describe(run)
     try:
         with _interrupt_noted() as stop:
-            _loop(run, evaluations, stop)
+            try:
+                _loop(run, evaluations, stop)
+            except EvaluationError:
+                run.save()
+                if not stop.wait(SAME_SIGNAL_S):  # who ends a whole job ends its evaluation first, perhaps
+                    raise
         if stop.is_set():
             raise KeyboardInterrupt
         return _export(run, evaluations) if run.processes.leads else config.output / POLICY
-    except EvaluationError:
-        run.save()
-        raise
     finally:
         if evaluations is not None:
             evaluations.stop()
@@ -131,8 +137,7 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
                 for name, value in scalars.items():
                     log.add_scalar(name, value, run.updates)
                 _show(bar, run, scalars)
-            bar.n = round(100 * run.progress, 1)
-            bar.refresh()
+            bar.update(round(100 * run.progress, 1) - bar.n)
             if evaluations and run.has_policy and (run.updates % (run.config.eval_every or 1) == 0 or done):
                 evaluations.take()
             if evaluations and run.updates % LOG_EVERY == 0:
@@ -170,7 +175,7 @@ def _log_success(results: list[Result], log: SummaryWriter) -> None:
 def _log(run: Run) -> SummaryWriter:
     """The leader's curves; the other processes write theirs nowhere."""
     if run.processes.leads:
-        return SummaryWriter(str(run.config.output / "tensorboard"), purge_step=run.updates)
+        return SummaryWriter(str(run.config.output / "tensorboard"), purge_step=run.updates + 1)
     return contextlib.nullcontext()  # type: ignore[return-value]
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from typing import Any
 
 from training import distributed
 from training.config import parse
@@ -9,8 +10,18 @@ from training.loop import Run
 
 if __name__ == "__main__":
     run = Run(parse(sys.argv[1:]))
+    drawn: list[int] = []
+    draw = run.dataset.draw
+
+    def noted(*args: Any) -> Any:
+        index = draw(*args)
+        drawn.extend(index.tolist())
+        return index
+
+    object.__setattr__(run.dataset, "draw", noted)  # it is frozen
     while run.progress < 1:
         run.step()
+    print(f"rank {run.processes.rank} drew {hashlib.sha256(str(drawn).encode()).hexdigest()}", flush=True)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in run.learner.agent.parameters()))
     print(f"rank {run.processes.rank} has {digest.hexdigest()}", flush=True)
     distributed.leave()

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,42 @@ def test_an_interruption_does_not_wait_for_evaluations(
         train(parse(arguments(drawer, tmp_path / "run", "--updates", "3", "--eval-every", "3")))
     assert time.monotonic() - start < 60
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["updates"] == 3
+
+
+def test_an_evaluation_that_ends_by_the_same_signal_is_no_failure(
+    drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a job's processes are all told to end: the evaluation may be gone first."""
+    code = f"import os, signal; os.kill({os.getpid()}, signal.SIGTERM); os.kill(os.getpid(), signal.SIGKILL)"
+    instead_of_an_evaluation(code, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(parse(arguments(drawer, tmp_path / "run", "--updates", "3", "--eval-every", "3")))
+
+
+def test_an_evaluation_that_another_was_faster_than_is_no_failure(
+    drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left by a run that was killed: the snapshot is gone once its result is there."""
+    instead_of_an_evaluation("import sys, time; time.sleep(1); sys.exit(1)", monkeypatch)
+    run = Run(parse(arguments(drawer, tmp_path / "run", "--updates", "900", "--eval-every", "10")))
+    evaluations = Evaluations(run)
+    run.step()
+    evaluations.take()
+    result = {"update": 1, "successes": 1, "episodes": 2}
+    (tmp_path / "run" / "evaluations" / "update-0000001.json").write_text(json.dumps(result))
+    assert evaluations.wait(threading.Event()) == [Result(1, 1, 2)]
+
+
+def test_what_is_no_snapshot_is_an_error_that_says_so(drawer: Path, tmp_path: Path) -> None:
+    train(parse(arguments(drawer, tmp_path / "run", "--updates", "3")))
+    for name in ("checkpoint.pt", "policy.onnx"):
+        done = subprocess.run(
+            [sys.executable, "-m", "training.evaluate", str(tmp_path / "run" / name)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert "evaluations/update-N.pt" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_an_evaluation_that_fails_says_why(drawer: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from training.agents.agent import Diverged
 from training.config import parse
 from training.data.dataset import load
 from training.diagnostics import Probe
-from training.distributed import Processes
+from training.distributed import Processes, _device
 from training.loop import Run
 from training.run import train
 
@@ -74,6 +75,8 @@ def test_two_processes_train_one_agent(flags: str, reach_path: Path, tmp_path: P
     first, second = (re.findall(rf"rank {rank} has (\w{{64}})", said) for rank in (0, 1))
     assert first == second
     assert len(first) == 1
+    first, second = (re.findall(rf"rank {rank} drew (\w{{64}})", said) for rank in (0, 1))
+    assert first != second, "each learns from transitions of its own"
 
 
 def test_of_two_processes_one_logs_saves_and_exports(reach_path: Path, tmp_path: Path) -> None:
@@ -82,6 +85,47 @@ def test_of_two_processes_one_logs_saves_and_exports(reach_path: Path, tmp_path:
     assert "2 processes" in said
     assert said.count("policy.onnx") == 1
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["updates"] == 6
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+
+
+def test_processes_that_cannot_be_evaluated_all_say_so(reach_path: Path, tmp_path: Path) -> None:
+    """Or the others would meet a leader that has left."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    args = arguments(reach_path, tmp_path / "run", "--updates", "6", "--eval-every", "3", "--threads", "1")
+    done = subprocess.run(
+        [*torchrun, "-m", "training.run", *args], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode
+    assert "--eval-every" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_gpus_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(Rejected, match="--nproc-per-node"):
+        _device("auto", 1)
+
+
+def test_the_bound_on_values_is_that_of_returns_however_many_steps_a_reward_sums(tmp_path: Path) -> None:
+    def paid_at_each_step(_index: int, episode: dict[str, Any]) -> None:
+        episode["reward"] = [1.0] * len(episode["reward"])
+
+    data = write_dataset(tmp_path / "data", edit=paid_at_each_step)
+    for n in (1, 2):
+        flags = ("--algo", "iql", "--n-step", str(n), "--discount", "0.5")
+        run = Run(parse(arguments(data, tmp_path / str(n), *flags)))
+        assert run.learner._value_bound == pytest.approx(10 / (1 - 0.5))
+
+
+def test_a_damaged_checkpoint_is_a_clear_error(reach_path: Path, tmp_path: Path) -> None:
+    args = arguments(reach_path, tmp_path / "run", "--updates", "3")
+    train(parse(args))
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK half of it")
+    done = command("--resume", "--output", str(tmp_path / "run"), "--updates", "6")
+    assert done.returncode == 1
+    assert "checkpoint.pt" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_killed_while_it_trained_a_run_goes_on_to_where_it_would_have_been(reach_path: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.training.test_run import arguments
 from training.config import parse
-from training.report import COLUMNS, Report, Run, main, write_report
+from training.report import COLUMNS, Report, Run, _figure, main, write_report
 from training.run import train
 
 
@@ -49,6 +49,47 @@ def test_a_row_takes_success_from_the_curves_and_from_the_server_s_report(runs: 
     assert cell(run, "updates") == "40"
     (runs[0] / "report.json").write_text(json.dumps(served | {"policy_sha256": "another"}))
     assert cell(Run.read(runs[0]), "success through the server") == ""
+
+
+def test_the_legend_names_every_run_whatever_it_logged() -> None:
+    """CQL alone has values/alpha, and the first panel is that one's."""
+    curve = np.array([20, 40]), np.array([0.1, 0.2])
+    made = [
+        Run(name, None, dict.fromkeys(tags, curve), None, None)  # type: ignore[arg-type]
+        for name, tags in (("iql", ["values/v"]), ("cql", ["values/alpha", "values/v"]))
+    ]
+    figure = _figure(made, ["values/alpha", "values/v"])
+    assert [text.get_text() for legend in figure.legends for text in legend.get_texts()] == ["iql", "cql"]
+
+
+def test_a_resumed_run_keeps_its_last_point(reach_path: Path, tmp_path: Path) -> None:
+    args = arguments(reach_path, tmp_path / "run", "--updates", "25")
+    train(parse(args))
+    train(parse([*args, "--resume"]))
+    assert cell(Run.read(tmp_path / "run"), "updates") == "25"
+
+
+def test_what_is_no_run_and_another_s_file_are_no_traceback(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs[1] / "notes.json").write_text("no JSON")
+    for run, output, status in (
+        (runs[1], tmp_path / "page.html", 0),
+        (runs[1] / "policy.onnx", tmp_path / "other.html", 1),
+        (runs[1], runs[1] / "policy.onnx" / "page.html", 1),
+    ):
+        monkeypatch.setattr("sys.argv", ["report", str(run), "--output", str(output)])
+        assert main() == status
+    assert capsys.readouterr().err.count("no report") == 2
+
+
+def test_runs_of_the_same_name_go_by_their_paths(reach_path: Path, tmp_path: Path) -> None:
+    same = tuple(tmp_path / home / "run" for home in ("a", "b"))
+    for path in same:
+        train(parse(arguments(reach_path, path, "--updates", "2")))
+    write_report(Report(same, tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    assert all(f"<th>{path}</th>" in page for path in same)
 
 
 def test_a_directory_without_a_run_is_an_error_that_says_so(

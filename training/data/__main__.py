@@ -1,6 +1,7 @@
 """Datasets on disk: look at them, check them, convert them, divide them. `python -m training.data --help`."""
 
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -264,4 +265,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, what was begun is cleared up
     sys.exit(main())

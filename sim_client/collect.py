@@ -59,7 +59,8 @@ class Collect:
     seed: int = 0
     """Of the scenes, and of the behaviour's chance."""
     keep_failures: bool = True
-    """Keep episodes that do not succeed; they count only if kept."""
+    """Keep episodes that do not succeed; they count only if kept. Without them the last episode is not cut, or it
+    would be one: there may be some transitions more than asked for."""
     noise: float | None = None
     """How much the noisy expert's hand shakes, in units of each motion's bound."""
     target_success: float | None = None
@@ -118,7 +119,8 @@ def record(config: Collect, partial: Partial, noise: float) -> Iterator[Episode]
         for episode in endless:
             if not (episode.success or config.keep_failures):
                 continue
-            kept = episode if config.episodes else episode.cut(wanted - done)
+            whole = config.episodes or not config.keep_failures
+            kept = episode if whole else episode.cut(wanted - done)
             step = 1 if config.episodes else len(kept)
             done += step
             bar.update(step)

@@ -83,6 +83,12 @@ def test_failures_can_be_left_out(tmp_path: Path) -> None:
     assert len(won) == 3
 
 
+def test_where_failures_are_left_out_none_is_made_by_cutting(tmp_path: Path) -> None:
+    summary, won = collected(tmp_path / "won", keep_failures=False, episodes=None, transitions=10)
+    assert all(e.success for e in won)
+    assert 10 <= summary.transitions < 10 + len(won[-1])
+
+
 def test_a_noisy_expert_is_clumsier_but_within_bounds(tmp_path: Path) -> None:
     _, steady = collected(tmp_path / "steady", episodes=3)
     _, noisy = collected(tmp_path / "noisy", episodes=3, behavior="noisy", noise=0.6)

@@ -90,7 +90,8 @@ class Run:
         try:
             scalars = self.learner.update(batch, self.rate)
         except Diverged as error:
-            self._explain(error, index, batch)
+            if not error.elsewhere:
+                self._explain(error, index, batch)
             raise
         took = time.perf_counter() - start
         self.updates += 1

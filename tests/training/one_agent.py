@@ -1,10 +1,12 @@
 """Run by torchrun in test_loop: some updates, then what this process's agent has become."""
 
 import hashlib
+import os
 import sys
 from typing import Any
 
 from training import distributed
+from training.agents.agent import Diverged
 from training.config import parse
 from training.loop import Run
 
@@ -19,8 +21,14 @@ if __name__ == "__main__":
         return index
 
     object.__setattr__(run.dataset, "draw", noted)  # it is frozen
-    while run.progress < 1:
-        run.step()
+    if os.environ.get("DIVERGES") == str(run.processes.rank):
+        run.dataset.reward[:] = float("nan")
+    try:
+        while run.progress < 1:
+            run.step()
+    except Diverged as error:
+        print(f"rank {run.processes.rank} stopped: {error}", flush=True)
+        sys.exit(distributed.leave())
     print(f"rank {run.processes.rank} drew {hashlib.sha256(str(drawn).encode()).hexdigest()}", flush=True)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in run.learner.agent.parameters()))
     print(f"rank {run.processes.rank} has {digest.hexdigest()}", flush=True)

@@ -100,6 +100,19 @@ def test_processes_that_cannot_be_evaluated_all_say_so(reach_path: Path, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_where_one_of_two_processes_diverges_both_stop_and_one_says_why(reach_path: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    args = arguments(reach_path, tmp_path / "run", "--updates", "6", "--algo", "iql", "--threads", "1")
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.training.one_agent", *args],
+        capture_output=True, text=True, check=False, timeout=120, env=os.environ | {"DIVERGES": "1"},
+    )  # fmt: skip
+    stopped = dict(re.findall(r"rank (\d) stopped: (.*)", done.stdout))
+    assert "another process" in stopped["0"]
+    assert "losses/critic" in stopped["1"]
+    assert "losses/critic" in json.loads((tmp_path / "run" / "diverged.json").read_text())["what"]
+
+
 def test_more_processes_than_gpus_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -75,6 +75,7 @@ class Learner:
         gradients are averaged."""
         self.agent, self._learning_rate, self._bf16, self._value_bound = agent, learning_rate, bf16, value_bound
         self._losses: nn.Module = agent
+        self._processes = processes
         if processes > 1:  # where values learn first, each part of a run leaves some parameters out
             unused = agent.values_first > 0
             self._losses = DistributedDataParallel(agent, forward_sync_buffers=False, find_unused_parameters=unused)
@@ -96,7 +97,7 @@ class Learner:
         # One transfer for all: on a GPU each would wait for the whole update.
         values = torch.stack([value.detach().float() for value in named.values()]).tolist()
         scalars = dict(zip(named, values, strict=True))
-        self._require_sane(scalars)
+        self._require_sane(scalars, batch.action.device)
         self._optimiser.zero_grad(set_to_none=True)
         total = torch.stack([value for name, value in named.items() if name.startswith("losses/")]).sum()
         total.backward()
@@ -105,14 +106,25 @@ class Learner:
             self.agent.follow()
         return scalars
 
-    def _require_sane(self, scalars: dict[str, float]) -> None:
+    def _require_sane(self, scalars: dict[str, float], device: torch.device) -> None:
+        wrong = self._what_is_wrong(scalars)
+        if self._processes > 1:  # all stop, or the others would wait for this one's gradients
+            anywhere = torch.tensor(float(wrong is not None), device=device)
+            torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
+            if anywhere and wrong is None:
+                raise Diverged("another process's share of the batch has diverged", scalars, elsewhere=True)
+        if wrong is not None:
+            raise Diverged(wrong, scalars)
+
+    def _what_is_wrong(self, scalars: dict[str, float]) -> str | None:
         bad = [name for name, value in scalars.items() if not math.isfinite(value)]
         if bad:
-            raise Diverged(f"{', '.join(bad)} not finite", scalars)
+            return f"{', '.join(bad)} not finite"
         for name in ("values/q", "values/v"):
             if abs(scalars.get(name, 0.0)) > self._value_bound:
                 beyond = f"ten times what any policy could earn, {self._value_bound:.3g}"
-                raise Diverged(f"{name} exploded: {scalars[name]:.3g} is beyond {beyond}", scalars)
+                return f"{name} exploded: {scalars[name]:.3g} is beyond {beyond}"
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         return {"agent": self.agent.state_dict(), "optimiser": self._optimiser.state_dict()}
@@ -125,9 +137,10 @@ class Learner:
 class Diverged(RuntimeError):
     """A loss is NaN or infinite, or a value is larger than rewards allow."""
 
-    def __init__(self, what: str, scalars: dict[str, float]) -> None:
+    def __init__(self, what: str, scalars: dict[str, float], *, elsewhere: bool = False) -> None:
         super().__init__(what)
-        self.scalars = scalars
+        self.scalars, self.elsewhere = scalars, elsewhere
+        """elsewhere: in another process, which says what."""
 
 
 def frozen_copy_of(network: nn.Module, like: nn.Module) -> nn.Module:

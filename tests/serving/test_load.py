@@ -24,7 +24,9 @@ def test_a_drain_under_load_fails_no_call_that_was_accepted(launch, healthy, rou
     status, seen, answered = drained(process, address_of(process))
     assert status == 0
     assert seen["OK"] == answered > 0
-    assert set(seen) <= {"OK", "UNAVAILABLE", "CANCELLED"}  # cancelled: met grpc's shutdown on its way, never accepted
+    # Never accepted: what met grpc's shutdown on its way (CANCELLED) and, on a machine so busy that one caller asks
+    # half as often as another, what asked for more than its share (RESOURCE_EXHAUSTED).
+    assert set(seen) <= {"OK", "UNAVAILABLE", "CANCELLED", "RESOURCE_EXHAUSTED"}
 
 
 def test_counts_are_exactly_what_the_callers_saw(serve, healthy):

@@ -30,7 +30,7 @@ def bench(tmp_path, *flags):
 def test_it_sees_what_the_server_saw(serve, healthy, tmp_path, flags):
     running = serve(policy=(str(healthy),), metrics_port=0, concurrency=1, queue=1)
     process, found = bench(tmp_path, "--server", running.server.address, "--seconds", 1.5, *flags)
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     assert {code: row["count"] for code, row in found["codes"].items()} == counted(running.server.metrics_port)
     assert found["codes"]["OK"]["p50"] <= found["codes"]["OK"]["p99"] <= found["codes"]["OK"]["max"]
     assert f"{found['answers_per_second']:.1f} answers a second" in process.stdout

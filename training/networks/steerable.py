@@ -4,6 +4,7 @@ The body maps regular fields to regular fields with pointwise nonlinearities, wh
 (irrep 1) and scalars (trivial) appear only where a head is given or predicts them, at its linear layers.
 """
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,8 @@ mend()
 
 _SPREADS: dict[tuple[enn.FieldType, enn.FieldType, int], Tensor] = {}
 """The initial spread of every weight of a convolution, by input, output and size; two thirds of the time to build."""
+_HARMONICS: dict[gspaces.GSpace, Harmonics] = {}
+"""Of every group, on the CPU: each layer has a copy, which goes where its network goes."""
 
 
 class Encoder(nn.Module):
@@ -187,7 +190,9 @@ class _Conv(enn.R2Conv):
             self.register_buffer("_basis", basis.permute(1, 3, 2, 0).flatten(0, 2).contiguous(), persistent=False)
             regular = of.gspace.regular_repr
             if size == harmonic.SIZE and of.representations[0] == to.representations[0] == regular:
-                self._harmonics = Harmonics(basis, regular)
+                if of.gspace not in _HARMONICS:
+                    _HARMONICS[of.gspace] = Harmonics(basis, regular)
+                self._harmonics = copy.deepcopy(_HARMONICS[of.gspace])
 
     def forward(self, input: enn.GeometricTensor) -> enn.GeometricTensor:
         image = input.tensor

@@ -156,10 +156,10 @@ class Recorder:
         self._make_room()
         self._described = set()
         stamp, number = datetime.fromtimestamp(time_ns / 1e9, UTC).strftime(_STAMP), 1
-        newest = max((file.name for file in self._folder.glob(f"*{SUFFIX}") if _NAME.fullmatch(file.name)), default="")
-        if match := _NAME.fullmatch(newest):
+        ours = filter(None, (_NAME.fullmatch(file.name) for file in self._folder.glob(f"*{SUFFIX}")))
+        if newest := max(ours, key=lambda name: name[0], default=None):
             # Names are in the order of the files, on which their lives depend, although a clock may be set back.
-            stamp, number = max(stamp, match[1]), int(match[2]) + 1
+            stamp, number = max(stamp, newest[1]), int(newest[2]) + 1
         return FlightFile(self._folder / f"{stamp}-{number:05d}{SUFFIX}")
 
     def _describe(self, file: FlightFile, key: tuple[str, str], time_ns: int) -> None:

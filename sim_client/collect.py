@@ -173,7 +173,8 @@ def collect(config: Collect) -> Summary:
         raise FileExistsError(f"{config.output} exists already: choose another --output or remove it first")
     about = prepare(config)
     request = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "workers")}
-    request |= {k: about.notes[k] for k in ("policies",) if k in about.notes}  # a file may have been replaced since
+    if "policies" in about.notes:  # a file may have been replaced since
+        request["policies"] = about.notes["policies"]
     partial = Partial(config.output, json.loads(json.dumps(request, default=str)))
     noise, notes = config.noise or 0.0, dict(about.notes)
     if config.target_success is not None:

@@ -373,7 +373,7 @@ def test_a_rare_caller_takes_the_last_place_from_no_other_controller(pool, model
     assert all(call.result(5) for call in calls)
 
 
-def test_beside_a_rare_caller_nobody_starves_in_an_overload(pool, model, clock, monkeypatch):
+def test_beside_a_rare_caller_nobody_starves_in_an_overload(pool, model, clock):
     """Two at 20 Hz, one just behind the other, and an inference takes 45 ms: each asks for more than its share."""
     dispatcher = Dispatcher(concurrency=1, queue=4, max_wait_s=0.02, client_hz=60)
     dispatcher._rhythm.took(0.045)

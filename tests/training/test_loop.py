@@ -60,10 +60,17 @@ def test_a_batch_is_shared_out_among_processes_or_refused() -> None:
         Processes(0, 3).share(32)
 
 
+def two_processes(module: str, *args: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
+    environment = os.environ | variables
+    return subprocess.run(
+        [*torchrun, *args], capture_output=True, text=True, check=False, timeout=300, env=environment
+    )  # fmt: skip
+
+
 def in_two_processes(module: str, *args: str) -> str:
     """What they print."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
-    done = subprocess.run([*torchrun, *args], capture_output=True, text=True, check=False, timeout=300)
+    done = two_processes(module, *args)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -90,23 +97,16 @@ def test_of_two_processes_one_logs_saves_and_exports(reach_path: Path, tmp_path:
 
 def test_processes_that_cannot_be_evaluated_all_say_so(reach_path: Path, tmp_path: Path) -> None:
     """Or the others would meet a leader that has left."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     args = arguments(reach_path, tmp_path / "run", "--updates", "6", "--eval-every", "3", "--threads", "1")
-    done = subprocess.run(
-        [*torchrun, "-m", "training.run", *args], capture_output=True, text=True, check=False, timeout=300
-    )
+    done = two_processes("training.run", *args)
     assert done.returncode
     assert "--eval-every" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_where_one_of_two_processes_diverges_both_stop_and_one_says_why(reach_path: Path, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     args = arguments(reach_path, tmp_path / "run", "--updates", "6", "--algo", "iql", "--threads", "1")
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.training.one_agent", *args],
-        capture_output=True, text=True, check=False, timeout=120, env=os.environ | {"DIVERGES": "1"},
-    )  # fmt: skip
+    done = two_processes("tests.training.one_agent", *args, DIVERGES="1")
     stopped = dict(re.findall(r"rank (\d) stopped: (.*)", done.stdout))
     assert "another process" in stopped["0"]
     assert "losses/critic" in stopped["1"]

@@ -20,13 +20,12 @@ from tests.serving.test_metrics import counted
 
 @pytest.mark.parametrize("round_", range(3))
 def test_a_drain_under_load_fails_no_call_that_was_accepted(launch, healthy, round_):
-    process = launch("--policy", healthy, "--listen", "localhost:0", "--queue", "8", "--max-wait-ms", "10000")
+    room = ("--queue", "8", "--max-wait-ms", "10000", "--client-hz", "1000")
+    process = launch("--policy", healthy, "--listen", "localhost:0", *room)
     status, seen, answered = drained(process, address_of(process))
     assert status == 0
     assert seen["OK"] == answered > 0
-    # Never accepted: what met grpc's shutdown on its way (CANCELLED) and, on a machine so busy that one caller asks
-    # half as often as another, what asked for more than its share (RESOURCE_EXHAUSTED).
-    assert set(seen) <= {"OK", "UNAVAILABLE", "CANCELLED", "RESOURCE_EXHAUSTED"}
+    assert set(seen) <= {"OK", "UNAVAILABLE", "CANCELLED"}  # cancelled: met grpc's shutdown on its way, never accepted
 
 
 def test_counts_are_exactly_what_the_callers_saw(serve, healthy):

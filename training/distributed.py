@@ -37,6 +37,14 @@ class Processes:
         distributed.broadcast(shared, src=0)
         return float(shared)
 
+    def anywhere(self, here: bool, device: torch.device) -> bool:
+        """Whether it is so in any of the processes."""
+        if self.count == 1:
+            return here
+        shared = torch.tensor(float(here), device=device)
+        distributed.all_reduce(shared, distributed.ReduceOp.MAX)
+        return bool(shared)
+
     def meet(self) -> None:
         """Wait until every process is here; call it after the last update, before any of them may end.
 
@@ -46,6 +54,9 @@ class Processes:
         """
         if self.count > 1:
             distributed.barrier()
+
+
+ALONE = Processes()
 
 
 def join(device: str) -> tuple[Processes, torch.device]:

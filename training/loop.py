@@ -65,7 +65,7 @@ class Run:
             config.learning_rate,
             bf16=_bf16(config.precision, self.device),
             value_bound=EXPLODED * max(1.0, largest_return),
-            processes=self.processes.count,
+            processes=self.processes,
         )
         self.updates, self.seconds = 0, 0.0
         self.extraction: Extraction | None = None

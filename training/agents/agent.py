@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.batch import Batch, State
+from training.distributed import ALONE, Processes
 from training.networks.roles import Actor, Critic
 
 
@@ -69,14 +70,19 @@ class Learner:
     """An agent with its optimiser: one `update` per batch, and everything that a resumed run needs."""
 
     def __init__(
-        self, agent: Agent, learning_rate: float, *, bf16: bool, value_bound: float = math.inf, processes: int = 1
+        self,
+        agent: Agent,
+        learning_rate: float,
+        *,
+        bf16: bool,
+        value_bound: float = math.inf,
+        processes: Processes = ALONE,
     ) -> None:
-        """`value_bound`: values further from zero than this have exploded. `processes`: of torch.distributed, whose
-        gradients are averaged."""
+        """`value_bound`: values further from zero than this have exploded. `processes`: average their gradients."""
         self.agent, self._learning_rate, self._bf16, self._value_bound = agent, learning_rate, bf16, value_bound
         self._losses: nn.Module = agent
         self._processes = processes
-        if processes > 1:  # where values learn first, each part of a run leaves some parameters out
+        if processes.count > 1:  # where values learn first, each part of a run leaves some parameters out
             unused = agent.values_first > 0
             self._losses = DistributedDataParallel(agent, forward_sync_buffers=False, find_unused_parameters=unused)
         faster = agent.faster()
@@ -108,13 +114,11 @@ class Learner:
 
     def _require_sane(self, scalars: dict[str, float], device: torch.device) -> None:
         wrong = self._what_is_wrong(scalars)
-        if self._processes > 1:  # all stop, or the others would wait for this one's gradients
-            anywhere = torch.tensor(float(wrong is not None), device=device)
-            torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
-            if anywhere and wrong is None:
-                raise Diverged("another process's share of the batch has diverged", scalars, elsewhere=True)
+        anywhere = self._processes.anywhere(wrong is not None, device)
         if wrong is not None:
             raise Diverged(wrong, scalars)
+        if anywhere:  # all stop, or the others would wait for this one's gradients
+            raise Diverged("another process's share of the batch has diverged", scalars, elsewhere=True)
 
     def _what_is_wrong(self, scalars: dict[str, float]) -> str | None:
         bad = [name for name, value in scalars.items() if not math.isfinite(value)]

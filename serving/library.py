@@ -60,7 +60,11 @@ class Library:
         with self._loading:
             policies = [self._proved(Path(path), name) for name, path in map(_split, self.files)]
             self._named = {p.name: Path(p.file) for p in policies}
-            for name, path in self._in_folder().items():
+            try:
+                found = self._in_folder()
+            except Rejected as away:
+                raise StartupError(str(away)) from away
+            for name, path in found.items():
                 if name in self._named:
                     raise StartupError(
                         f"policy {name} is in {self.folder} and is given as {self._named[name]}, too; name them apart: "
@@ -76,14 +80,14 @@ class Library:
             self.registry.publish(policies, default)
             for policy in policies:
                 self._say_live(policy)
-        self.changed()
+            self.changed()
 
     def load(self, name: str) -> Policy:
         """Load the file behind a name again, and go live with it unless the same version is.
 
         Raises:
             Rejected: NOT_FOUND for a name without a file; FAILED_PRECONDITION, with every reason, for a file that must
-                not serve. What was live before stays. UNAVAILABLE before `open`.
+                not serve, or a folder that cannot be read. What was live before stays. UNAVAILABLE before `open`.
         """
         self.registry.require_published()  # and not after a whole start, which holds the lock
         with self._loading:
@@ -93,7 +97,7 @@ class Library:
                 raise Rejected("name", expected, shown(name), "a name, never a path", Status.NOT_FOUND)
             policy = self._renewed(name, files[name])
             self._withdrawn.pop(name, None)
-        self.changed()
+            self.changed()
         return policy
 
     def unload(self, name: str, version: str = "") -> None:
@@ -103,21 +107,30 @@ class Library:
         """
         self.registry.require_published()
         with self._loading:
-            files = self._in_folder() | self._named
+            try:
+                files = self._in_folder() | self._named
+            except Rejected:
+                files = None  # not known: then no version comes back
             for policy in self.registry.remove(name, version):
-                if name in files and has_sha256(files[name], policy.sha256):
+                if files is None or (name in files and has_sha256(files[name], policy.sha256)):
                     self._withdrawn[name] = policy.sha256
-        self.changed()
+            self.changed()
 
     def refresh(self) -> list[str]:
         """Look at every file again: what is new or changed goes live, what vanished from the folder is unloaded. What
         was unloaded on request stays so.
 
-        Returns what happened, a line each. A file that must not serve changes nothing but the log.
+        Returns what happened, a line each. A file that must not serve changes nothing but the log, and neither does a
+        folder that cannot be read: it may be a disk that is away.
         """
         said = []
         with self._loading:
-            found = self._in_folder()
+            try:
+                found = self._in_folder()
+                vanished = {p.name for p in self.registry} - set(found) - set(self._named)
+            except Rejected as away:
+                said.append(str(away))
+                found, vanished = {}, set()
             for name, path in (found | self._named).items():
                 if name in self._withdrawn and has_sha256(path, self._withdrawn[name]):
                     said.append(f"{name} was unloaded and stays so until LoadPolicy, or another file")
@@ -130,13 +143,13 @@ class Library:
                         said.append(f"{name} {policy.version} is live")
                 except Rejected as reason:
                     said.append(str(reason))
-            for name in {p.name for p in self.registry} - set(found) - set(self._named):
+            for name in vanished:
                 try:
                     self.registry.remove(name)
                     said.append(f"{name} is unloaded")
                 except Rejected as reason:
                     said.append(f"{name} has no file any more and stays: {reason}")
-        self.changed()
+            self.changed()
         for line in said:
             log.info("policies: %s", line)
         return said
@@ -159,7 +172,12 @@ class Library:
         return policy
 
     def _in_folder(self) -> dict[str, Path]:
-        files = sorted(self.folder.glob("*.onnx")) if self.folder else []
+        """Raises Rejected, FAILED_PRECONDITION, where the folder cannot be read: nothing is known to be gone then."""
+        try:
+            files = sorted(f for f in self.folder.iterdir() if f.suffix == ".onnx") if self.folder else []
+        except OSError as error:
+            expected, got = f"a folder that can be read at {self.folder}", str(error.strerror)
+            raise Rejected("policies", expected, got, "what is live stays", Status.FAILED_PRECONDITION) from error
         return {f.stem: f for f in files if re.fullmatch(NAME, f.stem)}
 
     def _proved(self, path: Path, name: str) -> Policy:

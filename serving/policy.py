@@ -125,10 +125,10 @@ class Policy:
         values = [None] * len(observations) if outputs.value is None else outputs.value.tolist()
         return [Proposal(*parts) for parts in zip(outputs.action, outputs.std, values, strict=True)]
 
-    def act_batch(self, depth: NDArray[np.float32], gripper: NDArray[np.float32]) -> Outputs:
-        """depth [B, H, W], gripper [B]; what the graph really says, unchecked."""
-        starts = range(0, len(gripper), BATCH)
-        parts = [self._run(depth[i : i + BATCH], gripper[i : i + BATCH]) for i in starts]
+    def act_batch(self, depth: NDArray[np.float32], gripper: NDArray[np.float32], size: int = BATCH) -> Outputs:
+        """depth [B, H, W], gripper [B], `size` of them at a time; what the graph really says, unchecked."""
+        starts = range(0, len(gripper), size)
+        parts = [self._run(depth[i : i + size], gripper[i : i + size]) for i in starts]
         values = [part.value for part in parts if part.value is not None]
         return Outputs(
             np.concatenate([part.action for part in parts]),
@@ -160,7 +160,7 @@ def load(path: Path, name: str = "", *, intra_op_threads: int = 1) -> Policy:
     try:
         require_standard_operators(content)
         session = _open(content, intra_op_threads)
-        manifest = Manifest.from_metadata(session.get_modelmeta().custom_metadata_map)
+        manifest = Manifest.from_metadata(_metadata(session))
         _require_wire_components(manifest.spec)
         _require_tensors("input", INPUTS, _input_shapes(manifest.spec), session.get_inputs())
         _require_tensors("output", OUTPUTS, _output_shapes(manifest.spec), session.get_outputs())
@@ -203,6 +203,14 @@ def _open(content: bytes, intra_op_threads: int) -> ort.InferenceSession:
             raise _refusal("file", "all weights inside the file", "weights in another file", remedy) from error
         got = f"{len(content)} bytes that onnxruntime cannot load: {str(error).splitlines()[0][:200]}"
         raise _refusal("file", "an ONNX model", got, "copy the file again, completely, or " + EXPORT_AGAIN) from error
+
+
+def _metadata(session: ort.InferenceSession) -> dict[str, str]:
+    try:
+        return session.get_modelmeta().custom_metadata_map
+    except UnicodeDecodeError as error:
+        got, remedy = str(error), "copy the file again, completely, or " + EXPORT_AGAIN
+        raise _refusal("metadata", "text in UTF-8", got, remedy) from error
 
 
 def _require_wire_components(spec: PolicySpec) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from protos.errors import Rejected, Status, shown
+from protos.spaces import PolicySpec
 from serving.policy import Policy
 
 KEPT_VERSIONS = 2
@@ -23,11 +24,14 @@ class Registry:
 
     def __init__(self) -> None:
         self._live = _Live()
+        self._contracts: dict[str, PolicySpec] = {}
+        """Of every name that ever was live: controllers rely on what it stands for."""
         self._changing = threading.Lock()
 
     def publish(self, policies: Sequence[Policy], default: str = "") -> None:
         """Go live with these, at once and all together; the default is the first one's name unless named."""
         with self._changing:
+            self._contracts |= {policy.name: policy.spec for policy in policies}
             self._live = _Live(tuple(policies), default or policies[0].name)
 
     def require_published(self) -> None:
@@ -39,13 +43,13 @@ class Registry:
         """Go live with one more. It is the newest of its name; the oldest beyond KEPT_VERSIONS leave.
 
         Raises:
-            Rejected: FAILED_PRECONDITION when the name stands for another contract: controllers rely on it.
+            Rejected: FAILED_PRECONDITION when the name stands for another contract, or ever did.
         """
         with self._changing:
             live = self._live
             same = [p for p in live.policies if p.name == policy.name and p.version != policy.version]
-            if same:
-                same[-1].spec.require_same(policy.spec, f"the new {policy.name} {policy.version}")
+            contract = self._contracts.setdefault(policy.name, policy.spec)
+            contract.require_same(policy.spec, f"the new {policy.name} {policy.version}")
             kept = same[-(KEPT_VERSIONS - 1) :] if KEPT_VERSIONS > 1 else []
             others = [p for p in live.policies if p.name != policy.name or p in kept]
             self._live = _Live((*others, policy), live.default or policy.name)

@@ -20,7 +20,7 @@ FAR_M = 0.59
 """The switches "nan_when_far" and "slow_when_far" act on images that hold a pixel beyond this."""
 TABLE_M = 0.3
 GOLDEN_SCENES = 4
-BREAKS = ("transposed", "mirrored", "gripper_dead", "nan", "scaled", "still", "lopsided")
+BREAKS = ("transposed", "mirrored", "gripper_dead", "nan", "scaled", "still", "lopsided", "crowded")
 """Exports that must be refused, see `_graph`. The other switches are for tests of what a running server does."""
 UNHURRIED_MS = 60_000.0
 """How long an action is valid where a test is not about freshness: a busy machine may stop anyone for half a second."""
@@ -152,6 +152,7 @@ def _graph(spec: PolicySpec, breaks: tuple[str, ...], with_value: bool, weight: 
         nan: every action is NaN.   nan_when_far: those of images beyond FAR_M are.
         scaled: planar motion comes in other units.   wild: actions exceed their limits.
         still: no planar motion.   lopsided: planar motion has a part that does not turn.
+        crowded: actions depend on what else is in the batch.
         slow_when_far: a second or so of work for images beyond FAR_M.
     """
     g = _Graph([], [])
@@ -179,6 +180,9 @@ def _graph(spec: PolicySpec, breaks: tuple[str, ...], with_value: bool, weight: 
     lift = g.add("Tanh", g.add("Sub", g.add("Mul", gripper, 0.7), height))
     yaw = g.add("Tanh", g.add("Sub", spread, 0.4))
     normalized = g.add("Concat", p, g.add("Mul", ux, squash), g.add("Mul", uy, squash), lift, yaw, axis=1)
+    if "crowded" in breaks:
+        others = g.add("Sub", g.add("ReduceMean", normalized, np.array([0])), normalized)
+        normalized = g.add("Add", normalized, g.add("Mul", others, 0.5))
     if "nan" in breaks:
         normalized = g.add("Mul", normalized, float("nan"))
     if "nan_when_far" in breaks:

@@ -135,6 +135,11 @@ def operators_of_its_own(path):
     onnx.save(model, path)
 
 
+def no_text(path):
+    content = tiny_policy_file(path, weight=3.0).read_bytes()
+    path.write_bytes(content.replace(b"equiserve/tiny-v0", b"equiserve/tiny-v\xff"))
+
+
 def another_input(path):
     model = onnx.load(tiny_policy_file(path, weight=3.0))
     model.graph.input.append(onnx.helper.make_tensor_value_info("extra", onnx.TensorProto.FLOAT, [1]))
@@ -146,7 +151,7 @@ def missing(path):
 
 
 BAD = (truncated, garbage, transposed, lopsided, deaf, not_a_number, another_contract, weights_elsewhere)
-BAD += (operators_of_its_own, another_input, squeezed)
+BAD += (operators_of_its_own, another_input, squeezed, no_text)
 
 
 @pytest.mark.parametrize("candidate", BAD, ids=lambda c: c.__name__)
@@ -200,6 +205,29 @@ def test_a_refresh_takes_up_new_files_and_drops_vanished_ones(operated, folder):
     missing(folder / "door.onnx")
     running.server.refresh()
     assert running.stub.GetAction(acting(), metadata=token).policy == "door"
+
+
+def test_a_folder_that_is_away_takes_nothing_with_it(operated, folder):
+    running, admin, token = operated
+    away = folder.rename(folder.with_name("away"))
+    running.server.refresh()
+    assert [p.name for p in running.server.registry] == ["door", "other"]
+    code, parts = refusal(admin.LoadPolicy, pb.LoadPolicyRequest(name="door"), metadata=token)
+    assert (code, parts["field"]) == ("FAILED_PRECONDITION", "policies")
+    admin.UnloadPolicy(pb.UnloadPolicyRequest(name="other"), metadata=token)
+    away.rename(folder)
+    running.server.refresh()  # and nothing that was unloaded meanwhile comes back with it
+    assert [p.name for p in running.server.registry] == ["door"]
+
+
+def test_a_name_keeps_its_contract_while_nothing_is_live_under_it(operated, folder):
+    running, admin, token = operated
+    admin.UnloadPolicy(pb.UnloadPolicyRequest(name="other"), metadata=token)
+    another_contract(folder / "other.onnx")
+    code, parts = refusal(admin.LoadPolicy, pb.LoadPolicyRequest(name="other"), metadata=token)
+    assert code == "FAILED_PRECONDITION"
+    assert "contract" in parts["got"]
+    assert [p.name for p in running.server.registry] == ["door"]
 
 
 def test_what_was_unloaded_comes_back_when_asked_for_alone(operated, folder):

@@ -26,6 +26,7 @@ REFUSED = [
     (["still"], "broken", {"symmetry"}, "inconclusive"),
     (["scaled"], "healthy", {"golden"}, "in d"),
     (["scaled"], "broken", {"golden"}, "in d"),  # action and normalized_action contradict each other
+    (["crowded"], "broken", {"golden"}, "one by one: an answer depends on what else is in the batch"),
     (["nan"], "healthy", {"finite"}, "NaN"),
 ]
 

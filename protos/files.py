@@ -5,8 +5,12 @@ import tempfile
 from pathlib import Path
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, owner: tuple[int, int] | None = None) -> None:
     """Write `data` to `path`: a reader, or a process killed half-way, sees the old file or the new one, never a part.
+
+    Args:
+        mode: who may read and write it.
+        owner: user and group that it belongs to; None: who writes it.
 
     Raises:
         OSError: when the directory cannot be written or the disk is full; the old file, if any, is untouched.
@@ -15,7 +19,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)  # mkstemp makes files that only their owner can read
+            if owner:
+                os.fchown(file.fileno(), *owner)
+            os.fchmod(file.fileno(), mode)  # mkstemp makes files that only their owner can read
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -25,7 +25,9 @@ import tyro
 from protos.codec import pack_observation
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
+from protos.files import write_atomically
 from protos.spaces import Observation, PolicySpec
+from serving.client import Connection, PolicyClient, PolicyError
 
 PICTURES = 16
 CONNECT_S = 30.0
@@ -33,15 +35,13 @@ CONNECT_S = 30.0
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Connection):
     """Ask a server for actions at a fixed rate, and say how it did.
 
     A client with an answer outstanding skips its beat, as a robot would, unless --outstanding allows more: with many,
     load is offered whatever the server does (open loop), which is how overload is measured.
     """
 
-    server: str = "localhost:50051"
-    """HOST:PORT."""
     clients: int = 1
     rate: float = 20.0
     """Calls per second of each client; 0: as fast as answers come."""
@@ -51,16 +51,17 @@ class Bench:
     policy: str = ""
     """Empty: the server's default."""
     deadline_ms: float = 1000.0
-    tls_ca: Path | None = None
-    """PEM certificates to trust; with it the connection is TLS."""
-    token: str = ""
-    """A bearer token, where the server asks for one."""
+    pose: tuple[float, float, float] = (0.5, 0.0, 0.2)
+    """Where the tool is, x, y and z in the robot's base frame in metres, for a server that keeps a workspace."""
     max_p99_ms: float = math.inf
     """Exit with 1 when p99 is above this, or a call failed otherwise than by being refused for load."""
     output: Path | None = None
     """Write the numbers here too, as JSON."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(map(math.isfinite, self.pose)):
+            raise ValueError(f"--pose must be three finite numbers, got {self.pose}")
         for name, low in (("clients", 1), ("outstanding", 1), ("seconds", 0.1), ("rate", 0), ("deadline_ms", 1)):
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
@@ -90,9 +91,9 @@ class Tally:
 def connect(bench: Bench, kind: Any = grpc) -> Any:
     """A connection of its own, of grpc or grpc.aio: channels to one address would otherwise share one."""
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
-    if bench.tls_ca is None:
+    if bench.tls is None:
         return kind.insecure_channel(bench.server, options=options)
-    return kind.secure_channel(bench.server, grpc.ssl_channel_credentials(bench.tls_ca.read_bytes()), options=options)
+    return kind.secure_channel(bench.server, bench.tls.credentials(), options=options)
 
 
 def pictures(spec: PolicySpec, seed: int) -> list[pb.Observation]:
@@ -100,9 +101,10 @@ def pictures(spec: PolicySpec, seed: int) -> list[pb.Observation]:
     rng, o = np.random.default_rng(seed), spec.observation
     made = []
     for _ in range(PICTURES):
-        depth = np.full(o.shape, 0.6 * o.depth_min_m + 0.4 * o.depth_max_m, np.float32)
-        for row, col in rng.integers(0, o.height * 3 // 4, (3, 2)):
-            depth[row : row + o.height // 4, col : col + o.width // 4] -= np.float32(rng.uniform(0.01, 0.1))
+        plane = 0.4 * (o.depth_max_m - o.depth_min_m)
+        depth = np.full(o.shape, o.depth_min_m + plane, np.float32)
+        for row, col in rng.integers(0, o.height * 3 // 4, (3, 2)):  # three on one another stay below the camera
+            depth[row : row + o.height // 4, col : col + o.width // 4] -= np.float32(rng.uniform(0.05, 0.3) * plane)
         made.append(pack_observation(Observation(depth, float(rng.integers(2)))))
     return made
 
@@ -110,18 +112,18 @@ def pictures(spec: PolicySpec, seed: int) -> list[pb.Observation]:
 class Client:
     """One robot's worth of load."""
 
-    def __init__(self, bench: Bench, seed: int) -> None:
+    def __init__(self, bench: Bench, spec: PolicySpec, seed: int) -> None:
         self._bench, self.tally = bench, Tally()
         self._metadata = (("authorization", f"Bearer {bench.token}"),) if bench.token else ()
         self._deadline_s = bench.deadline_ms / 1e3
-        asked = pb.GetPolicyRequest(name=bench.policy)
         self._channel = connect(bench)
         self._stub = pb_grpc.PolicyServiceStub(self._channel)
-        info = self._stub.GetPolicy(asked, timeout=CONNECT_S, metadata=self._metadata, wait_for_ready=True).policy
         self._requests = [
-            pb.GetActionRequest(observation=picture, policy=bench.policy)
-            for picture in pictures(PolicySpec.from_json(info.contract), seed)
+            pb.GetActionRequest(observation=picture, policy=bench.policy) for picture in pictures(spec, seed)
         ]
+        for request in self._requests:
+            x, y, z = bench.pose
+            request.observation.pose.CopyFrom(pb.Pose(x=x, y=y, z=z))
 
     def run(self, start: float) -> None:
         """Send from `start` (time.perf_counter) for the bench's time, one call after another, as a controller does."""
@@ -184,7 +186,9 @@ class Client:
 
 def load(bench: Bench) -> tuple[list[Tally], float]:
     """Run all clients; what each saw, and how many seconds it took."""
-    clients = [Client(bench, seed) for seed in range(bench.clients)]
+    with PolicyClient(bench.server, bench.policy, tls=bench.tls, token=bench.token) as asking:
+        asking.wait_ready(CONNECT_S)
+        clients = [Client(bench, asking.spec, seed) for seed in range(bench.clients)]
     took = _closed_loop(bench, clients) if bench.outstanding == 1 else asyncio.run(_open_loop(bench, clients))
     for client in clients:
         client.close()
@@ -252,15 +256,12 @@ def main() -> int:
     try:
         bench = tyro.cli(Bench, prog="python -m serving.bench")
         found = summary(*load(bench))
-    except (ValueError, OSError) as error:
+        print("\n".join(lines(found)))
+        if bench.output:
+            write_atomically(bench.output, (json.dumps(found, indent=2) + "\n").encode())
+    except (PolicyError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    except grpc.RpcError as error:
-        print(f"{error.code().name}: {error.details()}", file=sys.stderr)
-        return 2
-    print("\n".join(lines(found)))
-    if bench.output:
-        bench.output.write_text(json.dumps(found, indent=2) + "\n")
     failed = set(found["codes"]) - {"OK", "RESOURCE_EXHAUSTED"}
     p99 = found["codes"].get("OK", {"p99": math.inf})["p99"]
     return int(bool(failed) or p99 > bench.max_p99_ms)

@@ -51,6 +51,30 @@ class Tls:
         return grpc.ssl_channel_credentials(ca, key, cert)
 
 
+@dataclass(frozen=True)
+class Connection:
+    """Where a policy server is, and who asks: what every command that calls one takes as flags."""
+
+    server: str = "localhost:50051"
+    """HOST:PORT of `python -m serving.server`."""
+    token: str = ""
+    """A bearer token, where the server asks for one."""
+    tls_ca: Path | None = None
+    """PEM certificates to trust; with it the connection is TLS."""
+    tls_cert: Path | None = None
+    """This side's own certificate, PEM, for a server that asks for one; the connection is TLS then, too."""
+    tls_key: Path | None = None
+    """And its key."""
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key go together")
+
+    @property
+    def tls(self) -> Tls | None:
+        return Tls(self.tls_ca, self.tls_cert, self.tls_key) if self.tls_ca or self.tls_cert else None
+
+
 class PolicyError(Exception):
     """A call that failed.
 
@@ -162,7 +186,7 @@ class PolicyClient:
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                return self.policy()
+                return self._connect(deadline - time.monotonic())[0]
             except PolicyError as error:
                 retry = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
                 if not retry or time.monotonic() + POLL_S >= deadline:
@@ -227,7 +251,7 @@ class PolicyClient:
         request = pb.GetActionRequest(
             observation=pack_observation(observation, pose=pose, age_us=age_us), contract_digest=spec.digest, **whose
         )
-        response = self._call(self._stub.GetAction, request)
+        response = self._call(self._stub.GetAction, request, self._timeout_s - (time.monotonic() - sent))
         return Answer(
             action=unpack_action(response.action, spec.action),
             raw_action=unpack_action(response.raw_action, spec.action),
@@ -246,21 +270,23 @@ class PolicyClient:
         )
 
     def _end(self, episode: Episode) -> None:
-        """A server that is gone or too slow, or has forgotten the episode, must not hide how it went here."""
+        """A server that is gone, busy or too slow, or has forgotten the episode, must not hide how it went here."""
         try:
             self._call(self._stub.EndEpisode, Outcome(episode_id=episode.id, outcome=episode.outcome))
         except PolicyError as error:
             if error.code not in (
                 grpc.StatusCode.UNAVAILABLE,
+                grpc.StatusCode.CANCELLED,  # it met the server's end on its way
                 grpc.StatusCode.DEADLINE_EXCEEDED,
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
                 grpc.StatusCode.NOT_FOUND,
             ):
                 raise
 
-    def _connect(self) -> tuple[pb.PolicyInfo, PolicySpec]:
+    def _connect(self, within_s: float = math.inf) -> tuple[pb.PolicyInfo, PolicySpec]:
         if self._connected is None:
             request = pb.GetPolicyRequest(name=self._policy, version=self._version)
-            info = self._call(self._stub.GetPolicy, request).policy
+            info = self._call(self._stub.GetPolicy, request, within_s).policy
             served = PolicySpec.from_json(info.contract)
             if self._expected is not None:
                 self._expected.require_same(served, f"policy {info.name} {info.version}")
@@ -279,9 +305,9 @@ class PolicyClient:
             self._check(b"", timeout=seconds, wait_for_ready=True)
         time.sleep(max(0.0, until - time.monotonic()))
 
-    def _call(self, method: Callable[..., Any], request: Any) -> Any:
+    def _call(self, method: Callable[..., Any], request: Any, within_s: float = math.inf) -> Any:
         """One call, tried again on UNAVAILABLE only: any other status would be the same again, or may have acted."""
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + min(self._timeout_s, within_s)
         waits, metadata = iter(RETRY_AFTER_S), self._metadata
         while True:
             try:

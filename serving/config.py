@@ -181,7 +181,8 @@ def _from_file(flags: list[str]) -> dict[str, Any]:
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    found = {k.removeprefix(ENVIRONMENT).lower(): v for k, v in environment.items() if k.startswith(ENVIRONMENT)}
+    # Empty means not set, as with ${RECORD:-} in a compose file: as a path it would be the current folder.
+    found = {k.removeprefix(ENVIRONMENT).lower(): v for k, v in environment.items() if k.startswith(ENVIRONMENT) and v}
     found = {name: text for name, text in found.items() if not _is_link(name, text)}
     _require_known(found, "the environment")
     return {name: _value(text) for name, text in found.items()}

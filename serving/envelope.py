@@ -23,6 +23,7 @@ ROUNDING = 1e-6
 """A float32 on its bound may exceed it by this fraction; that is arithmetic, not a wish to go further."""
 SHRINK = 1 - 1e-7  # so that what was shortened is still within when it is rounded to float32
 AXIS_OF = {"dx": 0, "dy": 1, "dz": 2}
+ROTATION = "dtheta"
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Envelope:
         places = {f.name: tuple(range(spec.action.size))[spec.action.slice_of(f.name)] for f in spec.action.fields}
         self._fields: tuple[tuple[Field, tuple[int, ...]], ...] = tuple((f, places[f.name]) for f in spec.action.fields)
         self._translation = [(f, p) for f, p in self._fields if set(f.components) <= set(AXIS_OF)]
-        self._rotation = [(f, p) for f, p in self._fields if f.kind is Kind.PSEUDOSCALAR]
+        self._rotation = [(f, p) for f, p in self._fields if f.components == (ROTATION,)]
         box = self.limits.workspace or Workspace((-math.inf,) * 3, (math.inf,) * 3)
         self._low, self._high = (*box.low[:2], max(box.low[2], self.limits.z_floor_m)), box.high
         self._floored = self.limits.z_floor_m >= box.low[2]

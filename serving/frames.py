@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from protos.errors import Rejected, Status
 from protos.spaces import Observation
 
-REMEMBERED = 256
-"""Sources whose last frame is kept (64 KiB each); the one that was silent longest is forgotten."""
+REMEMBERED, REMEMBERED_BYTES = 256, 32 * 2**20
+"""Sources whose last frame is kept, and how much of frames; the source that was silent longest is forgotten."""
 SAMPLED = 997
 """Frames that differ mostly do so in some of every so many pixels; to compare all is to load them from memory."""
 QUIET_S = 60.0
-"""And whoever was silent for so long: clients that come and go would otherwise leave 16 MiB of frames."""
+"""And whoever was silent for so long: clients that come and go would otherwise leave all those frames."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class FrameWatch:
         self._lock = threading.Lock()
         self._last: OrderedDict[str, tuple[Look, float]] = OrderedDict()
         """And when it was answered."""
+        self._bytes = 0
 
     def look(self, source: str, observation: Observation) -> Look:
         """What to warn of; the frame is remembered once it is `answered`.
@@ -81,14 +82,17 @@ class FrameWatch:
         """Remember a frame. A caller who was refused for want of room sends it again, and no camera is to blame."""
         now = time.monotonic()
         with self._lock:
-            self._last.pop(look.source, None)
-            self._forget(now)
+            if look.source in self._last:
+                self._forget(look.source)
+            while self._last:  # who was silent longest stands first
+                source, (_, since) = next(iter(self._last.items()))
+                room = len(self._last) < REMEMBERED and self._bytes + look.depth.nbytes <= REMEMBERED_BYTES
+                if room and now - since < QUIET_S:
+                    break
+                self._forget(source)
             self._last[look.source] = look, now
+            self._bytes += look.depth.nbytes
 
-    def _forget(self, now: float) -> None:
-        """Who was silent longest stands first."""
-        while self._last:
-            _, since = next(iter(self._last.values()))
-            if len(self._last) < REMEMBERED and now - since < QUIET_S:
-                break
-            self._last.popitem(last=False)
+    def _forget(self, source: str) -> None:
+        look, _ = self._last.pop(source)
+        self._bytes -= look.depth.nbytes

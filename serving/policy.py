@@ -23,6 +23,8 @@ BATCH = 8
 """Images per run in `act_batch`: a paper-size network holds 32 MB of activations per image."""
 QUIET = 4  # onnxruntime's severity "fatal": its errors reach us as exceptions, its log would only repeat them
 EXPORT_AGAIN = "export the policy again with training.run"
+COMMAND = "p"
+"""The gripper's: the one component that says where to be, and not how far to move."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def load(path: Path, name: str = "", *, intra_op_threads: int = 1) -> Policy:
         require_standard_operators(content)
         session = _open(content, intra_op_threads)
         manifest = Manifest.from_metadata(_metadata(session))
-        _require_wire_components(manifest.spec)
+        _require_known_components(manifest.spec)
         _require_tensors("input", INPUTS, _input_shapes(manifest.spec), session.get_inputs())
         _require_tensors("output", OUTPUTS, _output_shapes(manifest.spec), session.get_outputs())
         policy = Policy(name or manifest.task, str(path), sha256_of(content), manifest, session)
@@ -213,10 +215,13 @@ def _metadata(session: ort.InferenceSession) -> dict[str, str]:
         raise _refusal("metadata", "text in UTF-8", got, remedy) from error
 
 
-def _require_wire_components(spec: PolicySpec) -> None:
+def _require_known_components(spec: PolicySpec) -> None:
     wire = set(pb.Action.DESCRIPTOR.fields_by_name)
     if not set(spec.action.components) <= wire:
         raise _refusal("contract.action", f"components among {sorted(wire)}", str(spec.action.components))
+    intervals = [f.name for f in spec.action.fields if f.limit is None and f.components != (COMMAND,)]
+    if intervals:  # what has no limit is a command, which a hold repeats: of a motion it would be one more step
+        raise _refusal("contract.action", f"low and high of {COMMAND} alone, a limit of motions", ", ".join(intervals))
 
 
 def _input_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:

@@ -156,10 +156,10 @@ class Recorder:
         self._make_room()
         self._described = set()
         stamp, number = datetime.fromtimestamp(time_ns / 1e9, UTC).strftime(_STAMP), 1
-        ours = filter(None, (_NAME.fullmatch(file.name) for file in self._folder.glob(f"*{SUFFIX}")))
-        if newest := max(ours, key=lambda name: name[0], default=None):
+        if files := self._files():
             # Names are in the order of the files, on which their lives depend, although a clock may be set back.
-            stamp, number = max(stamp, newest[1]), int(newest[2]) + 1
+            newest, _, count = files[-1].name.removesuffix(SUFFIX).partition("-")
+            stamp, number = max(stamp, newest), int(count) + 1
         return FlightFile(self._folder / f"{stamp}-{number:05d}{SUFFIX}")
 
     def _describe(self, file: FlightFile, key: tuple[str, str], time_ns: int) -> None:
@@ -176,11 +176,15 @@ class Recorder:
         self._described.add(key)
 
     def _make_room(self) -> None:
-        files = sorted(self._folder.glob(f"*{SUFFIX}"))
+        files = self._files()
         sizes = [file.stat().st_size for file in files]
         while files and sum(sizes) + self._file_bytes > self._total_bytes:
             files.pop(0).unlink(missing_ok=True)
             sizes.pop(0)
+
+    def _files(self) -> list[Path]:
+        """Oldest first; others' files are neither counted nor removed."""
+        return sorted(file for file in self._folder.glob(f"*{SUFFIX}") if _NAME.fullmatch(file.name))
 
     def _close(self) -> None:
         file, self._file = self._file, None

@@ -4,13 +4,17 @@ A token is 256 random bits, so its SHA-256 is as hard to turn back as it is to g
 the log holds names alone.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import logging
+import os
 import re
 import secrets
 import ssl
+import stat
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,23 +43,47 @@ class Token:
 
 
 def new_token(name: str, roles: Iterable[str], file: Path) -> str:
-    """Make a token, add its hash to `file` (made readable for its owner alone), and return it: it is nowhere else.
+    """Make a token, add its hash to `file`, and return it: it is nowhere else.
+
+    A new file is readable for its owner alone; one that was there keeps its owner, its mode and its place.
 
     Raises:
         StartupError: when the name is taken or not one.
+        OSError: when the file cannot be read, written, or left to who owns it.
     """
+    with _alone_in((file := file.resolve()).parent):
+        return _new_token(name, roles, file)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Of two at once, one would read the file before the other has written it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _new_token(name: str, roles: Iterable[str], file: Path) -> str:
     secret = secrets.token_urlsafe(32)
     line = f"{name} {','.join(roles)} {_sha256(secret)}"
     if not LINE.fullmatch(line):
         raise StartupError(
             f"a name has letters, digits, . _ and -, and roles are {' and '.join(ROLES)}; got {line[:-65]}"
         )
-    known = read_tokens(file) if file.exists() else []
+    there = file.stat() if file.exists() else None
+    known = read_tokens(file) if there else []
     if name in [token.name for token in known]:
         raise StartupError(f"{file} has a token for {name} already; remove its line first")
-    before = file.read_text() if file.exists() else "# name roles sha256(token); made by python -m serving.tokens"
-    write_atomically(file, "\n".join([*before.splitlines(), line, ""]).encode())  # an editor may leave no last newline
-    file.chmod(0o600)
+    before = file.read_text() if there else "# name roles sha256(token); made by python -m serving.tokens"
+    content = "\n".join([*before.splitlines(), line, ""]).encode()  # an editor may leave no last newline
+    if there:
+        write_atomically(file, content, mode=stat.S_IMODE(there.st_mode), owner=(there.st_uid, there.st_gid))
+    else:
+        write_atomically(file, content, mode=0o600)
     return secret
 
 

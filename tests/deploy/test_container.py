@@ -11,6 +11,8 @@ import tyro
 import yaml
 
 from serving.config import Config
+from serving.server import Server
+from tests.makers import settings, tiny_policy_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCKERFILE = REPOSITORY / "deploy" / "server.Dockerfile"
@@ -45,11 +47,18 @@ def test_the_server_does_not_run_as_root():
     assert instructions("USER") == ["10001"]
 
 
-def test_the_image_reports_its_health():
+def test_the_image_reports_its_health(tmp_path):
     (check,) = instructions("HEALTHCHECK")
-    code = yaml.safe_load(check.split("CMD", 1)[1])
-    assert code[:2] == ["python", "-c"]
-    compile(code[2], "healthcheck", "exec")
+    interpreter, option, code = yaml.safe_load(check.split("CMD", 1)[1])
+    assert (interpreter, option) == ("python", "-c")
+    assert code.count("127.0.0.1:50051") == 1  # as its command listens, see below
+    with Server(settings(tiny_policy_file(tmp_path / "policy.onnx"))) as server:
+        code = code.replace("127.0.0.1:50051", server.address)
+        for status in (1, 0):
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=60)
+            assert done.returncode == status
+            if status:
+                server.load()
 
 
 def test_the_images_command_is_one_that_the_server_accepts():

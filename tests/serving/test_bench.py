@@ -3,9 +3,19 @@
 import json
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from protos.codec import unpack_observation
+from protos.spaces import ACTION, PolicySpec
+from serving.bench import pictures
+from serving.security import new_token
+from serving.server import Server
+from tests.makers import settings, small_spec
 from tests.serving.conftest import REPOSITORY
 from tests.serving.test_metrics import counted
 
@@ -29,7 +39,8 @@ def bench(tmp_path, *flags):
 )
 def test_it_sees_what_the_server_saw(serve, healthy, tmp_path, flags):
     running = serve(policy=(str(healthy),), metrics_port=0, concurrency=1, queue=1)
-    process, found = bench(tmp_path, "--server", running.server.address, "--seconds", 1.5, *flags)
+    patient = ("--deadline-ms", 20_000)  # a busy machine may stop anyone for a second
+    process, found = bench(tmp_path, "--server", running.server.address, "--seconds", 1.5, *patient, *flags)
     assert process.returncode == 0, process.stdout + process.stderr
     assert {code: row["count"] for code, row in found["codes"].items()} == counted(running.server.metrics_port)
     assert found["codes"]["OK"]["p50"] <= found["codes"]["OK"]["p99"] <= found["codes"]["OK"]["max"]
@@ -52,3 +63,35 @@ def test_it_fails_when_calls_fail(serve, healthy, tmp_path):
     assert "NOT_FOUND" in process.stderr
     process, _ = bench(tmp_path, "--server", running.server.address, "--seconds", 1, "--max-p99-ms", 0.001)
     assert process.returncode == 1
+    process, found = bench(tmp_path, "--server", running.server.address, "--seconds", 1, "--deadline-ms", 1)
+    assert process.returncode == 1, process.stderr
+    assert "DEADLINE_EXCEEDED" in found["codes"]
+
+
+def test_it_waits_for_a_server_that_is_still_proving(healthy, tmp_path):
+    with Server(settings(healthy)) as server:
+        threading.Timer(2.0, server.load).start()
+        process, found = bench(tmp_path, "--server", server.address, "--seconds", 0.5, "--deadline-ms", 20_000)
+    assert process.returncode == 0, process.stderr
+    assert found["codes"].keys() == {"OK"}
+
+
+def test_it_is_let_in_like_a_robot(serve, healthy, tmp_path):
+    """By a token, with a pose for a server that keeps a workspace."""
+    secret, box = new_token("load", ("act",), tmp_path / "tokens"), (0.3, 0.7, -0.25, 0.25, 0.0, 0.5)
+    running = serve(policy=(str(healthy),), tokens=tmp_path / "tokens", workspace=box)
+    flags = ("--server", running.server.address, "--token", secret, "--seconds", 0.5, "--deadline-ms", 20_000)
+    process, found = bench(tmp_path, *flags)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert found["codes"].keys() == {"OK"}
+    process, _ = bench(tmp_path, *flags, "--output", tmp_path)
+    assert process.returncode == 2
+    assert "answers a second" in process.stdout  # what was measured is not lost
+    assert "Traceback" not in process.stderr
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.0, 0.2), st.floats(0.01, 1.0))
+def test_frames_lie_within_the_contract(seed, low, more):
+    observation = replace(small_spec().observation, depth_min_m=low, depth_max_m=low + more)
+    for picture in pictures(PolicySpec(observation, ACTION), seed):
+        unpack_observation(picture, observation)

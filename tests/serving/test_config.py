@@ -56,6 +56,12 @@ def test_the_environment_overrides_the_file_and_flags_override_both(file, given)
     assert (config.listen, config.policy, config.queue) == ("localhost:3", ("c.onnx",), 7)
 
 
+def test_an_empty_variable_is_not_set():
+    """As ${RECORD:-} of a compose file leaves it; as a path it would be the current folder."""
+    config = parse(["--policy", "p.onnx"], {"EQUISERVE_RECORD": "", "EQUISERVE_POLICIES": "", "EQUISERVE_QUEUE": ""})
+    assert config == parse(["--policy", "p.onnx"], {})
+
+
 def test_every_kind_of_setting_fits_into_a_variable():
     environment = {
         "EQUISERVE_POLICY": "drawer=p.onnx",

@@ -1,6 +1,7 @@
 """The last gate: within limits whatever comes, and every change is on record."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status
-from protos.spaces import ACTION, GripperState, ObservationSpec, PolicySpec, Pose
+from protos.spaces import ACTION, ActionSpec, GripperState, Kind, ObservationSpec, PolicySpec, Pose
 from protos.symmetry import QUARTER_TURNS
 from serving.envelope import Decision, Envelope, Limits, Workspace
 from tests.makers import small_spec
@@ -145,6 +146,17 @@ def test_a_jump_is_shortened_towards_the_wish():
         ("planar", "jump", 0.02),
         ("yaw", "jump", 0.1),
     ]
+
+
+@pytest.mark.parametrize("kind", [Kind.PSEUDOSCALAR, Kind.SCALAR])  # under rotations alone, yaw may be either
+def test_a_sudden_turn_is_shortened_whatever_its_kind(kind):
+    *others, yaw = ACTION.fields
+    spec = PolicySpec(SPEC.observation, ActionSpec((*others, replace(yaw, kind=kind))))
+    before, wish = np.zeros(5, np.float32), np.zeros(5, np.float32)
+    before[-1], wish[-1] = -yaw.limit, yaw.limit
+    decision = Envelope(spec, Limits(jump_rad=0.1)).decide(wish, previous=before)
+    assert decision.action[-1] == pytest.approx(0.1 - yaw.limit)
+    assert [i.rule for i in decision.interventions] == ["jump"]
 
 
 def test_the_floor_is_known_by_its_name():

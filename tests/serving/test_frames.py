@@ -8,7 +8,7 @@ import pytest
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected
 from protos.spaces import Observation
-from serving.frames import QUIET_S, REMEMBERED, FrameRules, FrameWatch
+from serving.frames import QUIET_S, REMEMBERED, REMEMBERED_BYTES, FrameRules, FrameWatch
 from tests.makers import scene, small_spec
 from tests.serving.requests import acting, refusal
 
@@ -97,6 +97,11 @@ def test_memory_is_bounded():
     for source in range(3 * REMEMBERED):
         shown(watch, str(source), scene(0))
     assert len(watch._last) == REMEMBERED
+    for source in range(20):  # of 4 MiB each
+        shown(watch, str(source), Observation(np.ones((1024, 1024), np.float32), 0.0))
+        assert sum(look.depth.nbytes for look, _ in watch._last.values()) == watch._bytes <= REMEMBERED_BYTES
+    assert shown(watch, "19", scene(0)) == []
+    assert len(watch._last) == REMEMBERED_BYTES // 2**22
 
 
 def test_who_was_silent_is_forgotten(monkeypatch):

@@ -122,6 +122,15 @@ def test_components_that_the_wire_does_not_have(tmp_path, policy):
     assert "droll" in reason.got
 
 
+def test_a_motion_without_a_limit(tmp_path, policy):
+    """It would be taken for a command, and a hold would repeat it."""
+    lift = Field("lift", ("dz",), SCALAR, low=-0.05, high=0.02, unit="m")
+    spec = PolicySpec(small_spec().observation, ActionSpec((*ACTION.fields[:2], lift, ACTION.fields[3])))
+    metadata = tiny_manifest(spec, policy.manifest.golden).to_metadata()
+    reason = refusal_of(tiny_policy_file(tmp_path / "p.onnx", metadata=metadata))
+    assert (reason.field, reason.got) == ("contract.action", "lift")
+
+
 def _edited(healthy, path, edit):
     model = onnx.load(healthy)
     edit(model.graph)

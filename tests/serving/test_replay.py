@@ -135,6 +135,14 @@ def test_a_file_that_was_cut_is_compared_as_far_as_it_goes(recording, healthy, c
     assert " 0 different, 0 skipped" in capsys.readouterr().out
 
 
+def test_a_file_that_the_recorder_removes_meanwhile_is_left_out(recording, healthy, capsys, monkeypatch):
+    monkeypatch.setattr("serving.replay.files_of", lambda path: [path / "gone.mcap", *files_of(path)])
+    assert main([str(recording), "--policy", str(healthy)]) == 0
+    out = capsys.readouterr().out
+    assert "gone.mcap: removed meanwhile" in out
+    assert "17 the same" in out
+
+
 @pytest.mark.parametrize("case", ["no policy", "no file", "damaged", "no recording", "no threads"])
 def test_what_cannot_be_carried_out_exits_with_2(recording, healthy, capsys, case):
     (file,) = files_of(recording)

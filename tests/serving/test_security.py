@@ -2,8 +2,10 @@
 
 import itertools
 import logging
+import os
 import ssl
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -16,7 +18,7 @@ from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from serving.client import PolicyClient, PolicyError, Tls
 from serving.errors import StartupError
-from serving.security import Gate, new_token
+from serving.security import Gate, new_token, read_tokens
 from serving.server import Server
 from tests.makers import scene, settings
 from tests.serving.requests import acting, refusal
@@ -225,6 +227,28 @@ def test_a_token_is_added_to_a_file_without_a_last_newline(tmp_path):
     gate = Gate(file)
     for name, secret in (("first", first), ("second", second)):
         assert gate.require("/service/Method", [("authorization", f"Bearer {secret}")]) == name
+
+
+def test_a_token_file_keeps_its_owner_its_mode_and_its_place(tmp_path):
+    file, link = tmp_path / "tokens", tmp_path / "link"
+    new_token("first", ("act",), file)
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.chmod(0o640)
+    if os.getuid() == 0:  # an operator's, while the file is the server's
+        os.chown(file, 10001, 10001)
+    before = file.stat()
+    link.symlink_to(file)
+    new_token("second", ("act",), link)
+    after = file.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert link.is_symlink()
+    assert [token.name for token in read_tokens(link)] == ["first", "second"]
+
+
+def test_tokens_made_at_once_are_all_kept(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: new_token(f"arm-{name}", ("act",), tmp_path / "tokens"), range(40)))
+    assert len(read_tokens(tmp_path / "tokens")) == 40
 
 
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"

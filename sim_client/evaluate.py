@@ -1,8 +1,11 @@
 """The stand-in robot's closed loop through a policy server: `python -m sim_client.evaluate --help`."""
 
 import contextlib
+import functools
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,7 +22,7 @@ from tqdm import tqdm
 from protos.errors import Rejected
 from protos.files import write_atomically
 from protos.spaces import Pose
-from serving.client import PolicyClient, PolicyError
+from serving.client import Connection, PolicyClient, PolicyError
 from sim_client import TaskName
 from sim_client.env import Obs, observation_of
 from sim_client.episodes import Episode
@@ -30,20 +33,21 @@ from sim_client.world import World, unwrapped
 T = TypeVar("T")
 BUSY_WAIT_S = 0.02
 """After a refusal for lack of room: a control period at 50 Hz."""
+INTERRUPTED = 130
+"""The exit code that shells give SIGINT."""
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Connection):
     """Close the loop through a policy server and report the success rate.
 
     The robot acts through gRPC alone. Exit code 0, or 1 when the success rate is below --min-success, or 2 when the
-    evaluation could not be done.
+    evaluation could not be done, or 130 when it was interrupted: then there is a summary of what was done, and no
+    report.
 
     Example: python -m sim_client.evaluate --server localhost:50051 --task drawer_opening --episodes 50
     """
 
-    server: str = "localhost:50051"
-    """HOST:PORT of `python -m serving.server`."""
     task: TaskName = "drawer_opening"
     """What the robot is to do."""
     policy: str = ""
@@ -63,12 +67,25 @@ class Evaluate:
     world: Annotated[World, tyro.conf.arg(name="")] = field(default_factory=World)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.timeout_s <= threading.TIMEOUT_MAX:
+            raise ValueError(f"--timeout-s must be positive seconds, finite ones, got {self.timeout_s}")
+        if not 0 <= self.wait_s <= threading.TIMEOUT_MAX:
+            raise ValueError(f"--wait-s must be finite seconds, not below 0, got {self.wait_s}")
         if self.episodes < 1:
             raise ValueError(f"--episodes must be at least 1, got {self.episodes}")
         if self.seed < 0:
             raise ValueError(f"--seed must not be negative, got {self.seed}")
         if self.min_success is not None and not 0 <= self.min_success <= 1:
             raise ValueError(f"--min-success is a share between 0 and 1, got {self.min_success}")
+
+
+class Interrupted(KeyboardInterrupt):
+    """An evaluation, before its last episode."""
+
+    def __init__(self, episodes: "list[Outcome]", of: int) -> None:
+        done, succeeded = len(episodes), sum(e.success for e in episodes)
+        super().__init__(f"interrupted after {done} of {of} episodes, of which {succeeded} succeeded")
 
 
 class Outcome(NamedTuple):
@@ -121,21 +138,38 @@ class Robot:
 
 
 def evaluate(config: Evaluate) -> dict[str, Any]:
-    """Run the episodes and return the report. Raises PolicyError when the server refuses or cannot be
-    reached, Rejected when it serves another contract."""
+    """Run the episodes and return the report.
+
+    Raises:
+        PolicyError: when the server refuses or cannot be reached.
+        Rejected: when it serves another contract.
+        Interrupted: with what was done until then.
+    """
     env = config.world.make(config.task)
-    spec = unwrapped(env).spec_of_policy
-    with PolicyClient(config.server, policy=config.policy, spec=spec, timeout_s=config.timeout_s) as client:
+    connected = functools.partial(
+        PolicyClient,
+        config.server,
+        spec=unwrapped(env).spec_of_policy,
+        timeout_s=config.timeout_s,
+        tls=config.tls,
+        token=config.token,
+    )
+    with connected(config.policy) as client:
         info = client.wait_ready(config.wait_s)
+    if info.task != config.task:
+        print(f"policy {info.name} was trained for {info.task}, the task here is {config.task}", file=sys.stderr)
     # The version that the report speaks of, whatever is loaded meanwhile.
-    with PolicyClient(config.server, info.name, info.version, spec=spec, timeout_s=config.timeout_s) as client:
+    with connected(info.name, info.version) as client:
         robot = Robot(client, config.timeout_s)
         episodes: list[Outcome] = []
         start = time.perf_counter()
         with tqdm(range(config.episodes), unit="episode", desc=config.task) as bar:
             for index in bar:
                 seed = EVALUATED + config.seed * EVALUATED_PER_SEED + index
-                episode = robot.run(env, seed)
+                try:
+                    episode = robot.run(env, seed)
+                except KeyboardInterrupt:
+                    raise Interrupted(episodes, config.episodes) from None
                 episodes.append(Outcome(seed, len(episode), episode.success))
                 bar.set_postfix_str(f"{sum(e.success for e in episodes)}/{len(episodes)} succeeded")
         seconds = time.perf_counter() - start
@@ -163,6 +197,7 @@ def _report(config: Evaluate, policy: Any, episodes: list[Outcome], robot: Robot
         "holds": robot.holds,
         "refusals": robot.refusals,
         "policy": policy.name,
+        "policy_task": policy.task,
         "policy_version": policy.version,
         "policy_sha256": policy.sha256,
         "seconds": {"evaluate": seconds},
@@ -173,8 +208,12 @@ def _report(config: Evaluate, policy: Any, episodes: list[Outcome], robot: Robot
 
 def main() -> int:
     config = tyro.cli(Evaluate, description=Evaluate.__doc__)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, the server is told that the episode ends
     try:
         report = evaluate(config)
+    except KeyboardInterrupt as interrupted:
+        print(str(interrupted) or "interrupted before the first episode", file=sys.stderr)
+        return INTERRUPTED
     except (PolicyError, Rejected, ValueError) as error:
         print(f"evaluation stopped: {error}", file=sys.stderr)
         return 2

@@ -2,21 +2,39 @@
 
 import contextlib
 import itertools
-import threading
+import math
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
+import numpy as np
 import pytest
+import trustme
 
+from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status
 from protos.spaces import SPEC
 from serving.client import PolicyClient, PolicyError
+from serving.flight import files_of, read
 from serving.policy import load
 from serving.proofs import prove
+from serving.security import new_token
 from serving.server import Server
 from sim_client import ENV_IDS
+from sim_client.episodes import Episode
 from sim_client.evaluate import Evaluate, Robot, evaluate, main
+from sim_client.rollout import Act, rollout
+from sim_client.seeds import CALIBRATED, EVALUATED, RECORDED_PER_SEED, SURVEYED, WATCHED
 from tests.makers import settings, tiny_policy_file
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -70,10 +88,17 @@ def test_a_robot_waits_for_a_server_that_has_no_room_for_its_episode_yet(tmp_pat
         full.load()
         with PolicyClient(full.address) as client, PolicyClient(full.address) as other, contextlib.ExitStack() as stack:
             stack.enter_context(other.episode())
-            threading.Timer(0.3, stack.pop_all().close).start()
-            robot = Robot(client, patience_s=5.0)
-            assert len(robot.run(scene, seed=3)) > 0
-            assert robot.refusals > 0
+            robot, leave = Robot(client, patience_s=60.0), stack.pop_all().close
+
+            def leave_once_one_was_refused() -> None:
+                while not robot.refusals:
+                    time.sleep(0.01)
+                leave()
+
+            with ThreadPoolExecutor(1) as pool:
+                leaving = pool.submit(leave_once_one_was_refused)
+                assert len(robot.run(scene, seed=3)) > 0
+                leaving.result(60)
 
 
 def test_a_report_speaks_of_the_version_that_acted_whatever_is_loaded_meanwhile(server, tmp_path, monkeypatch) -> None:
@@ -97,6 +122,127 @@ def test_a_report_speaks_of_the_version_that_acted_whatever_is_loaded_meanwhile(
     report = evaluate(Evaluate(server=server.address, episodes=2))
     assert server.registry.resolve("", "").version == another.version != started
     assert set(acted) == {started} == {report["policy_version"]}
+
+
+@pytest.fixture
+def played(monkeypatch) -> list[int]:
+    """Seeds of the episodes that evaluations play from now on; every other one counts as a success."""
+    seeds: list[int] = []
+
+    def play(env: gym.Env, act: Act, seed: int) -> Episode:
+        seeds.append(seed)
+        episode = rollout(env, act, seed).cut(3)
+        return replace(episode, reward=np.full(len(episode), len(seeds) % 2, np.float32))
+
+    monkeypatch.setattr("sim_client.evaluate.rollout", play)
+    return seeds
+
+
+def test_scenes_of_evaluation_are_nobody_elses(server, played) -> None:
+    """Neither those of data, nor of the noise in them, nor those by which a training chooses what it keeps."""
+    for seed in (0, 1):
+        evaluate(Evaluate(server=server.address, episodes=3, seed=seed))
+    assert len(set(played)) == 6
+    assert RECORDED_PER_SEED < SURVEYED < CALIBRATED < WATCHED < EVALUATED <= min(played)
+
+
+def test_a_report_and_the_servers_recording_say_how_each_episode_went(tmp_path, played) -> None:
+    wild = tiny_policy_file(tmp_path / "wild.onnx", SPEC, breaks=["wild"], golden_from="broken")
+    with Server(settings(wild, record=tmp_path / "flight")) as recording:
+        recording.load()
+        report = evaluate(Evaluate(server=recording.address, episodes=3))
+    assert (report["successes"], report["failed_seeds"]) == (2, [played[1]])
+    assert report["interventions"] > 0
+    messages = [entry.message for file in files_of(tmp_path / "flight") for entry in read(file)]
+    success, failure = pb.EndEpisodeRequest.OUTCOME_SUCCESS, pb.EndEpisodeRequest.OUTCOME_FAILURE
+    assert [m.request.outcome for m in messages if isinstance(m, pb.FlightEnd)] == [success, failure, success]
+
+
+def test_holds_are_counted(tmp_path, scene) -> None:
+    class Holding:
+        """A client whose every answer is to stay."""
+
+        @contextlib.contextmanager
+        def episode(self):
+            stay = SimpleNamespace(action=SPEC.hold(0.0), latency_ms=1.0, interventions=(), hold=True)
+            yield SimpleNamespace(act=lambda *_: stay, succeeded=lambda _: None)
+
+    robot = Robot(Holding(), patience_s=1.0)  # type: ignore[arg-type]
+    assert robot.holds == 0 < len(robot.run(scene, seed=3)) == robot.holds
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_evaluation_says_what_was_done_and_ends_its_episode(tmp_path, number) -> None:
+    with Server(settings(tiny_policy_file(tmp_path / "tiny.onnx", SPEC), record=tmp_path / "flight")) as recording:
+        recording.load()
+        command = [sys.executable, "-m", "sim_client.evaluate", "--server", recording.address, "--episodes", "1000"]
+        process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while sum(recording.metrics.call_counts().values()) < 60:  # the second episode
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "of 1000 episodes, of which 0 succeeded" in said
+    assert "Traceback" not in said
+    messages = [entry.message for file in files_of(tmp_path / "flight") for entry in read(file)]
+    outcomes = [m.request.outcome for m in messages if isinstance(m, pb.FlightEnd)]
+    assert outcomes[-1] == pb.EndEpisodeRequest.OUTCOME_ABORTED
+
+
+def test_it_is_let_in_by_a_token_over_tls(tmp_path, played, capsys) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    for side in ("localhost", "robot@factory"):
+        issued = authority.issue_cert(side)
+        issued.private_key_pem.write_to_path(tmp_path / f"{side}.key")
+        issued.cert_chain_pems[0].write_to_path(tmp_path / f"{side}.pem")
+    secret = new_token("robot", ("act",), tmp_path / "tokens")
+    guarded = settings(
+        tiny_policy_file(tmp_path / "tiny.onnx", SPEC),
+        tokens=tmp_path / "tokens",
+        tls_cert=tmp_path / "localhost.pem",
+        tls_key=tmp_path / "localhost.key",
+        tls_client_ca=tmp_path / "ca.pem",
+    )
+    asked = Evaluate(
+        token=secret,
+        tls_ca=tmp_path / "ca.pem",
+        tls_cert=tmp_path / "robot@factory.pem",
+        tls_key=tmp_path / "robot@factory.key",
+        episodes=1,
+    )
+    with Server(guarded) as closed:
+        closed.load()
+        report = evaluate(replace(asked, server=closed.address))
+        assert report["episodes"] == 1
+        assert secret not in str(report)
+        with pytest.raises(PolicyError, match="UNAUTHENTICATED"):
+            evaluate(replace(asked, server=closed.address, token=""))
+
+
+def test_another_task_than_the_policys_is_pointed_out(server, played, capsys) -> None:
+    report = evaluate(Evaluate(server=server.address, episodes=1))
+    assert (report["task"], report["policy_task"]) == ("drawer_opening", "tiny")
+    assert "policy tiny was trained for tiny, the task here is drawer_opening" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"timeout_s": math.inf},
+        {"timeout_s": math.nan},
+        {"timeout_s": 0.0},
+        {"wait_s": -1.0},
+        {"wait_s": math.inf},
+        {"tls_cert": Path("robot.pem")},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_asked_is_refused(asked) -> None:
+    with pytest.raises(ValueError, match=f"--{next(iter(asked)).replace('_', '-')}"):
+        Evaluate(**asked)
 
 
 def test_a_report_that_cannot_be_written_costs_no_result(server, tmp_path, monkeypatch, capsys) -> None:

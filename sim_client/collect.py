@@ -29,6 +29,9 @@ from sim_client.store import About, write
 from sim_client.workers import Partial, Record, episodes
 from sim_client.world import World, unwrapped
 
+HOPELESS = 1000
+"""So many failures in a row, where only successes are kept, and it is time to say that there may be none."""
+
 
 @dataclass(frozen=True)
 class Collect:
@@ -108,17 +111,29 @@ def recorder(config: Collect, noise: float) -> Record:
 
 
 def record(config: Collect, partial: Partial, noise: float) -> Iterator[Episode]:
-    """The episodes that `config` asks for, in order; each is on disk before the next begins."""
+    """The episodes that `config` asks for, in order; each is on disk before the next begins.
+
+    Raises ValueError where only successes are kept and there are none.
+    """
     wanted = config.episodes or config.transitions or 0
     endless = episodes(partial, bind(recorder, config, noise), config.workers)
     with (
         contextlib.closing(endless),  # type: ignore[type-var]
         tqdm(total=wanted, unit="episode" if config.episodes else "transition", desc=config.task) as bar,
     ):
-        done = 0
-        for episode in endless:
+        done = failures = 0
+        for index, episode in enumerate(endless):
+            bar.set_postfix_str(f"{index + 1} episodes run")
             if not (episode.success or config.keep_failures):
+                partial.reject(index, episode)
+                failures += 1
+                if failures == HOPELESS:
+                    raise ValueError(
+                        f"--behavior {config.behavior}: {failures} episodes in a row failed, and without failures "
+                        "(--no-keep-failures) nothing is left of them; choose one that can do the task"
+                    )
                 continue
+            failures = 0
             whole = config.episodes or not config.keep_failures
             kept = episode if whole else episode.cut(wanted - done)
             step = 1 if config.episodes else len(kept)

@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ class Partial:
         with np.load(self.path(index), allow_pickle=False) as file:
             values = {name: file[name] for name in file.files}
         return Episode(**{name: value if value.ndim else value.item() for name, value in values.items()})
+
+    def reject(self, index: int, episode: Episode) -> None:
+        """Keep no more of a failure than that it was one: of a rare success's there may be thousands, of 3 MB each."""
+        save(
+            self.path(index),
+            replace(
+                episode,
+                depth=episode.depth[:0],
+                gripper=episode.gripper[:0],
+                action=episode.action[:0],
+                reward=np.zeros(1, np.float32),
+                rgb=None,
+            ),
+        )
 
     def remove(self) -> None:
         self.folder.rename(self._done)  # at once: a part of them would be taken for an interrupted collection's

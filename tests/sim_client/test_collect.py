@@ -23,7 +23,7 @@ from sim_client.collect import Collect, Summary, _noisy_recorder, collect
 from sim_client.episodes import Episode
 from sim_client.randomization import Randomization
 from sim_client.store import read, read_about
-from sim_client.workers import Record
+from sim_client.workers import Partial, Record
 from sim_client.world import World
 from tests.makers import tiny_policy_file
 from tests.sim_client.test_store import same
@@ -81,6 +81,20 @@ def test_failures_can_be_left_out(tmp_path: Path) -> None:
     assert not all(e.success for e in kept)
     assert all(e.success for e in won)
     assert len(won) == 3
+
+
+def test_a_behavior_that_never_succeeds_comes_to_an_end_and_fills_no_disk(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("sim_client.collect.HOPELESS", 3)
+    asked = Collect(output=tmp_path / "none", behavior="random", task="block_picking", episodes=1, keep_failures=False)
+    with pytest.raises(ValueError, match="--behavior random: 3 episodes in a row failed"):
+        collect(asked)
+    assert not asked.output.exists()
+    partial = Partial.__new__(Partial)
+    partial.folder = tmp_path / ".none.partial"
+    files = sorted(partial.folder.glob("*.npz"))
+    assert len(files) == 3
+    assert sum(file.stat().st_size for file in files) < 20_000
+    assert not any(partial.load(index).success for index in range(3))
 
 
 def test_where_failures_are_left_out_none_is_made_by_cutting(tmp_path: Path) -> None:

@@ -189,7 +189,11 @@ class ObservationSpec:
 
     def __post_init__(self) -> None:
         _as_floats(self)
-        if not (isinstance(self.height, int) and self.height == self.width and self.height > 0):
+        for name in ("row_axis", "col_axis"):  # -1.0 and -1 are equal, too
+            axis = tuple(int(v) if isinstance(v, float) and v.is_integer() else v for v in getattr(self, name))
+            object.__setattr__(self, name, axis)
+        is_whole = isinstance(self.height, int) and not isinstance(self.height, bool)
+        if not (is_whole and self.height == self.width and self.height > 0):
             raise ValueError(f"the view must be square, whole pixels, got {self.height} x {self.width}")
         if not 0 < self.elevation_deg <= 90 or (self.view is View.TOPDOWN and self.elevation_deg != 90):
             raise ValueError(

@@ -37,6 +37,13 @@ class About:
     notes: dict[str, Any] = field(default_factory=dict)
     """Anything else that JSON can hold, e.g. the seed of collection."""
 
+    def __post_init__(self) -> None:
+        """Raises Rejected where a policy that is trained on it could not say so."""
+        for name in ("task", "dataset_id"):
+            text = getattr(self, name)
+            if not text or not text.isprintable():  # half a surrogate pair is neither
+                raise Rejected(name, "printable text, for policies to be known by", ascii(text))
+
 
 def write(path: Path, episodes: Iterable[Episode], about: About) -> None:
     """Write a Minari dataset to `path`, whole or not at all; `MinariDataset(path / "data")` opens it.
@@ -175,14 +182,17 @@ def read_about(path: Path) -> About:
         notes = json.loads(metadata.get("notes", "{}"))
     except ValueError as error:
         raise Rejected(f"{path}, metadata.notes", "JSON", repr(error)) from error
-    return About(
-        spec=spec,
-        task=str(metadata.get("task", "unknown")),
-        behavior=str(metadata.get("behavior", "unknown")),
-        dataset_id=str(metadata["dataset_id"]),
-        env_spec=metadata.get("env_spec"),
-        notes=notes,
-    )
+    try:
+        return About(
+            spec=spec,
+            task=str(metadata.get("task", "unknown")),
+            behavior=str(metadata.get("behavior", "unknown")),
+            dataset_id=str(metadata["dataset_id"]),
+            env_spec=metadata.get("env_spec"),
+            notes=notes,
+        )
+    except Rejected as error:
+        raise Rejected(f"{path}, metadata.{error.field}", error.expected, error.got, error.remedy) from error
 
 
 def read(path: Path) -> Iterator[Episode]:

@@ -114,9 +114,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, nothing is left running
     try:
         path = demonstrate(config)
-    except (subprocess.CalledProcessError, RuntimeError) as error:
+    except (subprocess.CalledProcessError, RuntimeError, OSError) as error:
         print(f"\nthe demo stopped: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     report = json.loads(path.read_text())
     print(
         f"\nsuccess rate {report['success_rate']:.0%}: {report['successes']} of {report['episodes']} episodes, "

@@ -42,6 +42,10 @@ class Evaluate:
     episodes: int = 50
     """How many."""
 
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ValueError(f"--episodes must be at least 1, got {self.episodes}")
+
 
 def evaluate(config: Evaluate) -> Result:
     """Roll the greedy policy out, in the world that its data were recorded in, on one thread."""

@@ -1,6 +1,7 @@
 """Runs of training side by side: one HTML page with their curves and a table. `python -m training.report --help`."""
 
 import contextlib
+import functools
 import hashlib
 import html
 import json
@@ -30,6 +31,7 @@ TENSORBOARD, POLICY = "tensorboard", "policy.onnx"
 SMOOTHED_OVER = 0.03
 """Losses of single batches are noise, drawn pale: the curve is their moving average over this share of a run."""
 RATE = "success/rate"
+INTERVAL = ("success/wilson_low", "success/wilson_high")
 COLUMNS = (
     "run", "algorithm", "equivariance", "dataset", "seed", "updates", "minutes", "ms per update", "success in training",
     "success through the server", "equivariance error at 90 / 45 degrees",
@@ -76,6 +78,7 @@ class Run:
             points = sorted({e.step: e.value for e in events.Scalars(tag)}.items())  # evaluations come in when they can
             steps, values = zip(*points, strict=True)
             curves[tag] = np.array(steps), np.array(values)
+        _leave_out_what_is_being_written(curves)
         policy = path / POLICY
         manifest, served = None, None
         if policy.exists():
@@ -106,7 +109,7 @@ class Run:
             return ""
         steps, rates = self.curves[RATE]
         best = int(np.lexsort((steps, rates))[-1])
-        low, high = (self.curves[f"success/wilson_{end}"][1][best] for end in ("low", "high"))
+        low, high = (self.curves[tag][1][best] for tag in INTERVAL)
         return f"best {rates[best]:.0%} ({low:.0%} to {high:.0%}) at update {steps[best]:,}, last {rates[-1]:.0%}"
 
     def _through_the_server(self) -> str:
@@ -114,6 +117,14 @@ class Run:
             return ""
         interval = binomtest(self.served["successes"], self.served["episodes"]).proportion_ci(0.95, method="wilson")
         return f"{self.served['success_rate']:.0%} ({interval.low:.0%} to {interval.high:.0%})"
+
+
+def _leave_out_what_is_being_written(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Evaluations that lack a rate, or an end of its interval."""
+    success = {tag: curves.pop(tag, (np.zeros(0), np.zeros(0))) for tag in (RATE, *INTERVAL)}
+    whole = functools.reduce(np.intersect1d, (steps for steps, _ in success.values()))
+    if len(whole):
+        curves |= {tag: (whole, values[np.isin(steps, whole)]) for tag, (steps, values) in success.items()}
 
 
 def _served(path: Path, sha256: str) -> dict[str, Any] | None:
@@ -132,7 +143,7 @@ def write_report(config: Report) -> None:
     runs = [Run.read(path) for path in config.runs]
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(run, name=str(path)) for run, path in zip(runs, config.runs, strict=True)]
-    tags = sorted({tag for run in runs for tag in run.curves if not tag.startswith("success/wilson")})
+    tags = sorted({tag for run in runs for tag in run.curves if tag not in INTERVAL})
     sections = "".join(
         f"<h2>{html.escape(group)}</h2>{image(_figure(runs, [tag for tag in tags if _group(tag) == group]))}"
         for group in sorted({_group(tag) for tag in tags}, key=lambda g: (g != "success", g))
@@ -166,7 +177,7 @@ def _figure(runs: list[Run], tags: list[str]) -> Figure:
 def _draw(axis: Axes, run: Run, tag: str, colour: str) -> None:
     steps, values = run.curves[tag]
     if tag == RATE:
-        low, high = (run.curves[f"success/wilson_{end}"][1] for end in ("low", "high"))
+        low, high = (run.curves[tag][1] for tag in INTERVAL)
         axis.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
         axis.plot(steps, values, "o-", color=colour, label=run.name)
         return

@@ -14,7 +14,7 @@ import pytest
 from protos.spaces import SPEC
 from serving.client import PolicyClient
 from tests.makers import tiny_policy_file
-from training.demo import server
+from training.demo import main, server
 
 
 def run(*command: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -41,6 +41,17 @@ def policy(home: Path) -> Path:
 def address(policy: Path) -> Iterator[str]:
     with server(policy) as address:
         yield address
+
+
+@pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt(), 130), (OSError("no space left"), 1)], ids=repr)
+def test_a_demo_that_is_stopped_says_so(failure, code, monkeypatch, capsys) -> None:
+    def stopped(config):
+        raise failure
+
+    monkeypatch.setattr("training.demo.demonstrate", stopped)
+    monkeypatch.setattr("sys.argv", ["demo"])
+    assert main() == code
+    assert ("interrupted" if code == 130 else "the demo stopped: no space left") in capsys.readouterr().err
 
 
 def test_the_demo_leaves_a_complete_report(home: Path, policy: Path) -> None:

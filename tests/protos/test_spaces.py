@@ -71,6 +71,9 @@ def test_equal_contracts_have_equal_digests():
     whole, real = (replace(OBSERVATION, depth_min_m=zero, depth_max_m=one) for zero, one in ((0, 1), (-0.0, 1.0)))
     assert whole == real
     assert PolicySpec(whole, ACTION).digest == PolicySpec(real, ACTION).digest
+    text = SPEC.to_json()
+    assert PolicySpec.from_json(text.replace("[-1,0]", "[-1.0,-0.0]")).digest == SPEC.digest
+    assert "[-1,0]" in text
     fields = [replace(ACTION.fields[0], low=low, high=high) for low, high in ((0, 1), (0.0, 1.0))]
     assert len({PolicySpec(OBSERVATION, ActionSpec((field,))).digest for field in fields}) == 1
 
@@ -150,6 +153,7 @@ def test_other_json_is_rejected(text):
         {"extent_m": math.inf},
         {"plane_above_tool_m": math.nan},
         {"row_axis": (1, 1)},
+        {"height": True, "width": True},
         {"row_axis": (0, -1)},
         {"depth_min_m": -0.1},
         {"depth_max_m": 0.0},

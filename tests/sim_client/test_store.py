@@ -1,6 +1,7 @@
 """Datasets on disk: every value survives, whole or not at all, smaller than raw; Minari opens and extends them."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -70,6 +71,12 @@ def test_a_broken_episode_is_never_written(tmp_path: Path) -> None:
     with pytest.raises(Rejected, match="episode 1, step 2, depth: expected finite"):
         write(tmp_path / "d", [made(0), bad], ABOUT)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("told", [{"task": ""}, {"task": "a\ud800"}, {"dataset_id": "a\nb"}], ids=ascii)
+def test_what_policies_could_not_be_known_by_is_refused_before_any_training(told: dict[str, str]) -> None:
+    with pytest.raises(Rejected, match=f"{next(iter(told))}: expected printable text"):
+        replace(ABOUT, **told)
 
 
 def test_an_existing_dataset_is_not_overwritten(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tests.training.conftest import NETWORK, SMALL
 from tests.training.test_augment import batch_of
 from training.agents.agent import Diverged, Learner
 from training.agents.bc import BC, BCConfig
-from training.agents.cql import CQL, CQLConfig
+from training.agents.cql import CQL, LARGEST_LOG_MULTIPLIER, CQLConfig
 from training.agents.iql import IQL, IQLConfig
 from training.agents.losses import advantage_weight, conservative_gap, expectile_loss, log_mean_exp
 from training.batch import Batch
@@ -269,6 +269,16 @@ def test_the_lagrangian_variant_adapts_its_weight_to_the_gap(reach: Dataset) -> 
         for _ in range(3):
             learner.update(reach.batch(torch.arange(8)))
         assert agent.log_weight.item() == pytest.approx(0.06 if rises else -0.06, rel=1e-3)
+
+
+def test_a_gap_out_of_reach_drives_the_weight_no_further_than_it_can_come_back(reach: Dataset) -> None:
+    agent = make(CQL, CQLConfig(gap=100.0, gap_rate=20.0))
+    agent.log_weight.data.fill_(20.0)
+    learner = Learner(agent, 1e-3, bf16=False)
+    learner.update(reach.batch(torch.arange(8)))
+    assert agent.log_weight.item() == pytest.approx(LARGEST_LOG_MULTIPLIER)
+    learner.update(reach.batch(torch.arange(8)))
+    assert agent.log_weight.item() < LARGEST_LOG_MULTIPLIER
 
 
 @pytest.mark.parametrize(("equivariance", "share"), [("both", 0.1), ("none", 0.7)])

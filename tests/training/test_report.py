@@ -51,6 +51,22 @@ def test_a_row_takes_success_from_the_curves_and_from_the_server_s_report(runs: 
     assert cell(Run.read(runs[0]), "success through the server") == ""
 
 
+def test_an_evaluation_that_is_being_written_is_left_out(reach_path: Path, tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    train(parse(arguments(reach_path, tmp_path / "run", "--updates", "2")))
+    with SummaryWriter(str(tmp_path / "run/tensorboard")) as log:
+        log.add_scalar("success/rate", 0.5, 20)
+    assert cell(Run.read(tmp_path / "run"), "success in training") == ""
+    with SummaryWriter(str(tmp_path / "run/tensorboard")) as log:
+        log.add_scalar("success/wilson_low", 0.4, 20)
+        log.add_scalar("success/wilson_high", 0.6, 20)
+        log.add_scalar("success/rate", 0.9, 40)
+    run = Run.read(tmp_path / "run")
+    assert cell(run, "success in training") == "best 50% (40% to 60%) at update 20, last 50%"
+    write_report(Report((tmp_path / "run",), tmp_path / "page.html"))
+
+
 def test_the_legend_names_every_run_whatever_it_logged() -> None:
     """CQL alone has values/alpha, and the first panel is that one's."""
     curve = np.array([20, 40]), np.array([0.1, 0.2])

@@ -16,6 +16,9 @@ from training.networks.distribution import SquashedGaussian, Uniform
 from training.networks.family import NetworkConfig
 from training.networks.roles import Critic, make_actor, make_critic, make_value_head
 
+LARGEST_LOG_MULTIPLIER = math.log(1e6)
+"""Where a gap that cannot be reached drives the conservative weight, and from where it can come back."""
+
 
 @dataclass(frozen=True)
 class CQLConfig:
@@ -162,7 +165,7 @@ class CQL(Agent):
         """The conservative loss and, in the Lagrangian variant, the loss that adapts its weight (CQL, appendix F)."""
         if self.cfg.gap is None:
             return self.cfg.conservative_weight * gap.sum(), {}
-        weight = self.log_weight.exp().clamp(max=1e6)
+        weight = self.log_weight.exp()
         excess = gap - self.cfg.gap
         return (weight.detach() * excess).sum(), {
             "losses/multiplier": -(weight * excess.detach()).sum(),
@@ -171,6 +174,7 @@ class CQL(Agent):
 
     def follow(self) -> None:
         polyak(self.target_critic, self.critic, self.cfg.target_rate)
+        self.log_weight.data.clamp_(max=LARGEST_LOG_MULTIPLIER)
         self.updates += 1
 
     def faster(self) -> dict[nn.Parameter, float]:

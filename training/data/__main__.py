@@ -43,9 +43,9 @@ class Validate:
 
     def run(self) -> int:
         wanted = None if self.contract is None else _contract(self.contract)
-        geometry = _geometry(self.geometry)
+        geometry, kind = _geometry(self.geometry), detect(self.path)
         try:
-            about, episodes = open_dataset(self.path, geometry=geometry)
+            about, episodes = open_dataset(self.path, kind, geometry)
             if wanted is not None:
                 wanted.require_same(about.spec, str(self.path))
             survey = Survey.of(about.spec, episodes)

@@ -3,6 +3,7 @@ and write(path, episodes, about), and the names it gives to things; it is import
 are read alone."""
 
 import importlib
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,8 @@ from sim_client.store import About
 from training.data.formats import flight
 from training.data.formats.raw import Raw, own
 from training.data.geometry import Geometry
+
+log = logging.getLogger(__name__)
 
 Foreign = Literal["npz", "robomimic", "lerobot"]
 """What is read and written."""
@@ -57,6 +60,8 @@ def open_dataset(
     """
     kind = kind or detect(path)
     if kind == "minari":
+        if geometry is not None:
+            raise _carries_its_contract(path)
         return store.read_about(path), store.read(path)
     if kind == "flight":
         source = flight.read(path, choice or flight.Choice())
@@ -65,7 +70,7 @@ def open_dataset(
         source = module.read(path, dict(module.NAMES) | (geometry.names if geometry else {}))
     if geometry is not None:
         if source.about is not None:
-            raise Rejected("--geometry", f"nothing: {path} carries its contract", "a geometry file", "leave it out")
+            raise _carries_its_contract(path)
         about = About(spec=geometry.spec, task=geometry.task, behavior="imported", dataset_id="equiserve/imported-v0")
         return about, _checked(path, source.episodes, about, geometry)
     if source.about is None:
@@ -78,6 +83,10 @@ def open_dataset(
     return source.about, _checked(path, source.episodes, source.about, None)
 
 
+def _carries_its_contract(path: Path) -> Rejected:
+    return Rejected("--geometry", f"nothing: {path} carries its contract", "a geometry file", "leave it out")
+
+
 def _checked(path: Path, episodes: Iterable[Raw], about: About, geometry: Geometry | None) -> Iterator[Episode]:
     for index, raw in enumerate(episodes):
         where = f"{path}, episode {index}"
@@ -85,6 +94,9 @@ def _checked(path: Path, episodes: Iterable[Raw], about: About, geometry: Geomet
             episode = geometry.episode(raw) if geometry else own(raw)
         except Rejected as error:
             raise Rejected(f"{where}, {error.field}", error.expected, error.got, error.remedy) from error
+        if len(raw.action) == 1 and not len(episode):
+            log.warning("%s: left out: its only action failed, and no frame shows what came of it", where)
+            continue
         yield check(episode, about.spec, where)
 
 

@@ -9,6 +9,9 @@ from protos.spaces import PolicySpec
 from sim_client.episodes import Episode
 from training.data.formats.raw import Array, Raw, complete
 
+ROUNDING = 1e-6
+"""So far beyond a bound, in its unit, arithmetic may put a value that lies on it."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -28,7 +31,11 @@ class Geometry:
     success: str
 
     def episode(self, raw: Raw) -> Episode:
-        """`raw` in the contract's units. Nothing is clipped. Raises Rejected naming what is missing or misshapen."""
+        """`raw` in the contract's units. Nothing is clipped but rounding. Raises Rejected naming what is missing or
+        misshapen."""
+        for name, values in (("depth", raw.depth), ("gripper", raw.gripper), ("action", raw.action)):
+            if values.ndim == 0 or not values.size:
+                raise Rejected(name, "at least one step", f"shape {values.shape}", "leave the empty episode out")
         if raw.action.ndim != 2 or raw.action.shape[1] != self.width:
             raise Rejected("action", f"shape [steps, {self.width}], as action.order says", f"shape {raw.action.shape}")
         depth = _numbers("depth", raw.depth)
@@ -36,10 +43,11 @@ class Geometry:
         gripper = _numbers("gripper", raw.gripper).reshape(len(raw.gripper), -1)
         if gripper.shape[1] != 1:
             raise Rejected("gripper", "one number per frame", f"{gripper.shape[1]} of them")
-        action = _numbers("action", raw.action)
+        action, view = _numbers("action", raw.action), self.spec.observation
+        opened = (gripper - self.gripper_zero) / (self.gripper_one - self.gripper_zero)
         episode = Episode(
-            depth=(self.depth_slope * depth + self.depth_offset_m).astype(np.float32),
-            gripper=((gripper - self.gripper_zero) / (self.gripper_one - self.gripper_zero)).astype(np.float32),
+            depth=_rounded(self.depth_slope * depth + self.depth_offset_m, view.depth_min_m, view.depth_max_m),
+            gripper=_rounded(opened, 0.0, 1.0),
             action=self._action(action),
             reward=np.zeros(len(action), np.float32),
             terminated=False,
@@ -64,13 +72,20 @@ class Geometry:
         else:
             done = needed.reshape(-1).astype(bool)
             success = self.success == "all" or bool(done.any())
-            if self.success == "done" and success:
-                episode = episode.cut(int(np.argmax(done)) + 1)  # robomimic goes on recording what is done already
+            if self.success == "done" and success and (end := int(np.argmax(done)) + 1) < len(episode):
+                # robomimic goes on recording what is done already; how that ended is no matter
+                episode, raw = episode.cut(end), replace(raw, terminated=None, truncated=None)
             reward = np.zeros(len(episode), np.float32)
             reward[-1:] = success
         terminated = success if raw.terminated is None else raw.terminated
         truncated = not terminated if raw.truncated is None else raw.truncated
         return replace(episode, reward=reward, terminated=terminated, truncated=truncated)
+
+
+def _rounded(values: Array, low: float, high: float) -> Array:
+    """As float32; what arithmetic put a little beyond a bound lies on it."""
+    inside = np.clip(values, low, high)
+    return np.where(np.abs(values - inside) <= ROUNDING, inside, values).astype(np.float32)
 
 
 def _numbers(name: str, values: Array) -> Array:

@@ -120,7 +120,8 @@ def _value(path: Path, name: str, key: Key, value: Any) -> Any:
         raise Rejected(f"{path}, {name}", f"{key.meaning}, e.g. {example}", "nothing", "compare docs/camera.toml")
     if value is key.default:
         return value
-    if isinstance(value, bool) or not isinstance(value, key.kind) or (key.choices and value not in key.choices):
+    wrong = isinstance(value, bool) or not isinstance(value, key.kind) or value == ""
+    if wrong or (key.choices and value not in key.choices):
         choices = f" (one of {', '.join(key.choices)})" if key.choices else ""
         raise Rejected(f"{path}, {name}", f"{key.meaning}{choices}, e.g. {example}", repr(value))
     return value

@@ -113,6 +113,7 @@ MINARI: dict[str, tuple[Breaker, str]] = {
     "half a contract": (metadata(lambda told: told.update(contract='{"observation": {}}')), "metadata.contract"),
     "another digest": (metadata(lambda told: told.update(contract_digest="0" * 64)), "metadata.contract_digest"),
     "notes that are no JSON": (metadata(lambda told: told.update(notes="{")), "metadata.notes: expected JSON"),
+    "a task without a name": (metadata(lambda told: told.update(task="")), "metadata.task: expected printable text"),
     "metadata of fewer episodes": (metadata(lambda told: told.update(total_episodes=2)), "total_episodes: expected 4"),
     "metadata of more episodes": (metadata(lambda told: told.update(total_episodes=9)), "total_episodes: expected 4"),
     "no episodes": (hdf5(lambda file: file.clear()), "expected at least one episode"),
@@ -202,6 +203,8 @@ NPZ: dict[str, tuple[Breaker, str]] = {
     "no frame after the last": (arrays(depth=npz_arrays()["depth"][:-1]), "depth: expected length 12"),
     "no gripper": (arrays(gripper=None), "gripper: expected an array of length 12"),
     "a seed too few": (arrays(seed=np.array([1, 2])), "seed: expected length 3, one per episode"),
+    "a seed that is no number": (arrays(seed=np.array([np.nan] * 3)), "seed: expected integers, -1 for none"),
+    "ends of another shape": (arrays(terminated=np.zeros((3, 2), bool)), "terminated: expected shape [3]"),
     "no end": (arrays(terminated=None), "episode 0, terminated: expected one per episode"),
     "no reward": (arrays(reward=None), "episode 0, reward: expected one per step"),
     "NaN depth": (poked("depth", (5, 1, 1), np.nan), "episode 1, step 2, depth: expected finite"),
@@ -239,15 +242,25 @@ def nan_depth(file: Any) -> None:
     file["data/demo_1/obs/depth"][2, 0, 0, 0] = np.nan
 
 
+def nameless(file: Any) -> None:
+    told = json.loads(file["data"].attrs["about"])
+    file["data"].attrs["about"] = json.dumps(told | {"task": ""})
+
+
 ROBOMIMIC: dict[str, tuple[Breaker, str]] = {
     "no bytes": (lambda path: path.write_bytes(b""), "expected an undamaged HDF5 file"),
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:3000]), "expected an undamaged HDF5 file"),
     "no data": (without("data"), "data: expected the group"),
+    "data that are no group": (
+        robomimic(lambda file: (file.__delitem__("data"), file.create_dataset("data", data=[1.0]))),
+        "data: expected the group",
+    ),
     "no demonstrations": (robomimic(lambda file: file["data"].clear()), "data: expected at least one demonstration"),
     "no contract": (
         robomimic(lambda file: file["data"].attrs.__delitem__("contract")),
         "contract: expected a contract",
     ),
+    "a task without a name": (robomimic(nameless), "task: expected printable text"),
     "no observations": (without("data/demo_1/obs"), "episode 1, obs: expected in /data/demo_1"),
     "no depth": (without("data/demo_1/obs/depth"), "episode 1, obs/depth: expected in /data/demo_1"),
     "no actions": (without("data/demo_1/actions_physical"), "episode 1, actions_physical"),

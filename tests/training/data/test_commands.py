@@ -51,6 +51,10 @@ def test_a_mistake_is_one_line_without_a_traceback(tmp_path: Path) -> None:
     )
 
 
+def test_what_is_not_there_is_not_broken(tmp_path: Path) -> None:
+    assert command("validate", str(tmp_path / "nowhere")).returncode == 2
+
+
 def test_neither_torch_nor_a_simulator_is_imported(path: Path) -> None:
     heavy = "{'torch', 'e2cnn', 'pybullet'} & set(sys.modules)"
     code = f"import sys; from training.data.__main__ import main; main(['inspect', {str(path)!r}]); print({heavy})"

@@ -186,6 +186,18 @@ def test_a_label_is_enough_for_an_episode_whose_server_was_killed(tape: Tape) ->
     assert lengths(tape) == [(3, True)]
 
 
+def test_a_gap_is_seen_also_where_the_end_is_missing(tape: Tape, capsys: pytest.CaptureFixture[str]) -> None:
+    tape.episode("whole", Outcome.OUTCOME_SUCCESS)
+    for episode, steps in (("gap", (0, 1, 5, 6)), ("begins late", (3, 4, 5))):
+        tape.begin(episode)
+        for step in steps:
+            tape.act(episode, step)
+    (tape.folder / "labels.toml").write_text('gap = true\n"begins late" = true')
+    imported(tape, "--labels", str(tape.folder / "labels.toml"))
+    assert lengths(tape) == [(3, True), (3, True)]
+    assert "1 episodes of which messages are missing" in capsys.readouterr().err
+
+
 def test_episodes_with_gaps_or_without_a_transition_are_left_out(
     tape: Tape, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -137,6 +137,27 @@ def test_without_a_last_frame_a_termination_repeats_one_and_a_truncation_drops_a
     assert not (failed.depth[-1] == failed.depth[-2]).all()
 
 
+def test_a_failure_of_one_action_is_left_out_where_no_frame_shows_what_came_of_it(tmp_path: Path, caplog) -> None:
+    path = foreign_robomimic(tmp_path / "lab.hdf5", next_obs=False)
+    with h5py.File(path, "a") as file:
+        demo = file["data/demo_0"]
+        for name, values in (("actions", np.zeros((1, 7))), ("rewards", [0.0]), ("dones", [0])):
+            del demo[name]
+            demo[name] = values
+        for name in ("depth", "gripper"):
+            first = demo[f"obs/{name}"][:1]
+            del demo[f"obs/{name}"]
+            demo[f"obs/{name}"] = first
+    assert [len(read) for read in open_dataset(path, geometry=read_geometry(CAMERA))[1]] == [6]
+    assert "episode 0: left out: its only action failed" in caplog.text
+
+
+def test_lists_of_several_lengths_are_not_shuffled_into_one_shape() -> None:
+    for lists in ([[1, 2], [3, 4, 5, 6]], [None, [3, 4, 5, 6]], [[1, None], [3, 4]]):
+        with pytest.raises(ValueError, match="got"):
+            lerobot_meta.numpy_of(pa.chunked_array([pa.array(lists)]))
+
+
 def test_the_first_done_ends_an_episode_when_done_tells_success(tmp_path: Path) -> None:
     path = foreign_robomimic(tmp_path / "lab.hdf5", next_obs=True)
     geometry_file = tmp_path / "camera.toml"
@@ -217,6 +238,11 @@ def test_lerobot_v21_with_png_depth_is_read_through_a_geometry(tmp_path: Path) -
     assert len(episodes) == 2
     np.testing.assert_allclose(episodes[0].depth[:, 5, 5], [0, 0.1, 0.2, 0.3, 0.3], atol=1e-7)
     np.testing.assert_allclose(episodes[0].action[0], [1, 0.025, -0.025, 0, np.radians(10)], atol=1e-7)
+
+
+def test_a_geometry_is_refused_where_a_minari_dataset_carries_its_contract(tmp_path: Path) -> None:
+    with pytest.raises(Rejected, match="--geometry"):
+        open_dataset(minari(tmp_path / "set"), geometry=read_geometry(CAMERA))
 
 
 def test_a_geometry_is_refused_where_the_file_carries_its_contract(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.errors import Rejected
+from sim_client.episodes import check
 from tests.training.data.makers import REPOSITORY
 from training.data.formats.raw import Raw
 from training.data.geometry import Geometry
@@ -68,6 +69,7 @@ def test_a_missing_key_is_named_with_its_meaning_and_an_example(name: str, tmp_p
         ("view.row_axis", 'row_axis = "forward"', "view.row_axis: expected world direction"),
         ("view.pixels", 'pixels = "64"', "view.pixels"),
         ("view.pixels", "pixels = true", "view.pixels"),
+        ("task", 'task = ""', "task: expected what the robot does"),
         ("view.col_axis", 'col_axis = "+x"', "orthonormal"),
         ("view.metres_per_pixel", "metres_per_pixel = 0.007\nextent_m = 0.4", "got both"),
         ("view.metres_per_pixel", "", "got neither"),
@@ -184,6 +186,40 @@ def test_an_open_ratio_is_read_between_closed_and_open(tmp_path: Path) -> None:
     )
     read = geometry.episode(replace(raw(1), gripper=np.array([[0.01], [0.05]])))
     np.testing.assert_allclose(read.gripper, [[0], [0.5]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("edits", "depth", "gripper"),
+    [
+        ([], 250, np.float32([0.8, 0.8, 0.0])),  # closed at 0.8, where 0.8 is no float32
+        ([("depth.measured", 'measured = "height"'), ("depth.offset_m", "offset_m = 0.35")], 350, np.zeros(3)),
+    ],
+    ids=["gripper", "a pixel on the plane"],
+)
+def test_what_lies_on_a_bound_is_not_refused_for_rounding(tmp_path: Path, edits, depth, gripper) -> None:
+    zero, one = ("zero = 0.8", "one = 0.0") if gripper.any() else ("zero = 0.0", "one = 1.0")
+    geometry = parse(tmp_path, ("gripper.zero", zero), ("gripper.one", one), *edits)
+    source = replace(raw(2, depth=np.full((3, 64, 64), depth)), gripper=gripper)
+    check(geometry.episode(source), geometry.spec, "here")
+    with pytest.raises(Rejected):
+        check(geometry.episode(replace(source, gripper=gripper + 1.001)), geometry.spec, "here")
+
+
+@pytest.mark.parametrize(
+    "empty", [{"action": np.zeros((0, 7))}, {"gripper": np.zeros(())}, {"depth": np.zeros((0, 64, 64))}], ids=str
+)
+def test_an_empty_episode_is_refused_by_what_is_empty(tmp_path: Path, empty: dict[str, np.ndarray]) -> None:
+    with pytest.raises(Rejected, match=f"{next(iter(empty))}: expected at least one step"):
+        parse(tmp_path).episode(replace(raw(2), **empty))
+
+
+def test_the_first_done_is_the_end_however_the_recording_ended(tmp_path: Path) -> None:
+    geometry = parse(tmp_path, ("success.from", 'from = "done"'))
+    went_on = replace(raw(5), reward=None, done=np.array([0, 0, 1, 1, 1]), terminated=False, truncated=True)
+    read = geometry.episode(went_on)
+    assert (len(read), read.success, read.terminated, read.truncated) == (3, True, True, False)
+    ended = geometry.episode(replace(went_on, done=np.array([0, 0, 0, 0, 1])))  # nothing was cut: it may say itself
+    assert (len(ended), ended.terminated, ended.truncated) == (5, False, True)
 
 
 def test_absent_components_are_zero(tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ class _Seen:
     policy: str
     version: str
     steps: int = 0
+    first: int = -1
     last: int = -1
     started: bool = False
     taken: int | None = None
@@ -99,8 +100,13 @@ class _Seen:
 
     @property
     def has_gaps(self) -> bool:
-        """Messages were dropped, or the file that they were in is gone: what follows what is not known."""
-        return self.steps != self.taken if self.taken is not None else not self.started
+        """Messages were dropped, or the file that they were in is gone: what follows what is not known.
+
+        Without the server's own count, steps are taken to be numbered one after another, as `serving.client` does it.
+        """
+        if self.taken is not None:
+            return self.steps != self.taken
+        return not self.started or self.last - self.first + 1 != self.steps
 
 
 class _Found:
@@ -122,6 +128,7 @@ class _Found:
             elif isinstance(message, pb.FlightAction):
                 seen = self._seen(message.request.episode_id, message.response)
                 if message.request.step > seen.last:
+                    seen.first = seen.first if seen.steps else message.request.step
                     seen.last, seen.steps = message.request.step, seen.steps + 1
             elif isinstance(message, pb.FlightEnd) and message.request.episode_id in self.episodes:
                 seen = self.episodes[message.request.episode_id]

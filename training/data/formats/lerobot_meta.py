@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from protos.spaces import PolicySpec
@@ -60,9 +61,14 @@ def numpy_of(column: Any) -> Array:
     """T nested lists of equal lengths -> [T, ...]; the inverse of `list_of`. Raises ValueError on ragged ones."""
     array, shape = pa.concat_arrays(column.chunks), [len(column)]
     while pa.types.is_nested(array.type):
+        lengths = pc.list_value_length(array).unique()
+        if array.null_count or len(lengths) > 1:
+            raise ValueError(f"lists of one length, got lengths {lengths.to_pylist()[:5]} and {array.null_count} nulls")
         inner = array.flatten()
         shape.append(len(inner) // max(len(array), 1))
         array = inner
+    if array.null_count:
+        raise ValueError(f"a value everywhere, got {array.null_count} nulls")
     return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(shape)
 
 

@@ -15,6 +15,7 @@ from training.data.formats.raw import Array, Raw, Source, about_from_json, about
 
 NAMES = {"depth": "depth", "gripper": "gripper", "action": "action", "reward": "reward", "done": "done", "rgb": "rgb"}
 """What the arrays are called, unless a geometry file says otherwise."""
+PER_EPISODE = frozenset(("terminated", "truncated", "seed", "behavior"))
 NO_SEED = -1
 
 
@@ -67,12 +68,17 @@ def _require_lengths(path: Path, arrays: Mapping[str, Array], names: Mapping[str
     optional = {names["rgb"]: expected[names["depth"]]}
     optional |= {names[name]: expected[names["action"]] for name in ("reward", "done")}
     per_episode = (episodes, f"{episodes}, one per episode")
-    optional |= dict.fromkeys(("terminated", "truncated", "seed", "behavior"), per_episode)
+    optional |= dict.fromkeys(PER_EPISODE, per_episode)
     for name, (length, meaning) in (expected | optional).items():
         if name in arrays and (arrays[name].ndim == 0 or len(arrays[name]) != length):
             raise Rejected(f"{path}, {name}", f"length {meaning}", f"shape {arrays[name].shape}")
         if name in expected and name not in arrays:
             raise Rejected(f"{path}, {name}", f"an array of length {meaning}", f"only {sorted(arrays)}")
+    for name in PER_EPISODE & arrays.keys():
+        if arrays[name].ndim != 1:
+            raise Rejected(f"{path}, {name}", f"shape [{episodes}]", f"shape {arrays[name].shape}")
+    if "seed" in arrays and not np.issubdtype(arrays["seed"].dtype, np.integer):
+        raise Rejected(f"{path}, seed", f"integers, {NO_SEED} for none", str(arrays["seed"].dtype))
 
 
 def _episodes(arrays: Mapping[str, Array], names: Mapping[str, str], lengths: Array) -> Iterator[Raw]:

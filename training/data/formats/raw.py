@@ -105,6 +105,8 @@ def about_from_json(contract: str, digest: str | None, text: str | None, where: 
             env_spec=told.get("env_spec"),
             notes=dict(told.get("notes", {})),
         )
+    except Rejected as error:
+        raise Rejected(f"{where}, {error.field}", error.expected, error.got, error.remedy) from error
     except (ValueError, AttributeError, TypeError) as error:
         raise Rejected(f"{where}, about", "a JSON object", repr(error)) from error
 

@@ -27,7 +27,7 @@ def read(path: Path, names: Mapping[str, str]) -> Source:
     """The file at `path`; its filter keys (`mask/`) select nothing. Raises Rejected naming demonstration and key."""
     try:
         with h5py.File(path, "r") as file:
-            if "data" not in file:
+            if not isinstance(file.get("data"), h5py.Group):
                 raise Rejected(f"{path}, data", "the group of the demonstrations", f"only {sorted(file)}")
             attributes = dict(file["data"].attrs)
             demos = sorted((name for name in file["data"] if name.startswith("demo")), key=_number)

@@ -1,5 +1,7 @@
-"""Health as grpc's own service has it, for any number of who asks."""
+"""Health as grpc's own service has it, for any number of who asks, and for peers that do not listen."""
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -7,15 +9,22 @@ from grpc_health.v1 import health
 
 MOST_UNKNOWN, LONGEST = 256, 256
 """Names that nobody has reported on and somebody watches, since the start: the service remembers each for ever."""
+MOST_WATCHERS = 64
+"""At once: each takes a thread, which sleeps."""
 
 
 class HealthService(health.HealthServicer):
-    """A name that is not known yet may be watched until it is, but there is an end to how many."""
+    """A name that is not known yet may be watched until it is, but there is an end to how many, and to who watches.
+
+    grpc's own service sends to watchers while it holds its lock, and a peer that takes nothing (an HTTP/2 window of 0)
+    would keep it: no check would be answered any more, and no drain would end.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._known: set[str] = {""}
         self._unknown: set[str] = set()
+        self._room = threading.BoundedSemaphore(MOST_WATCHERS)
 
     def set(self, service: str, status: int) -> None:
         self._known.add(service)
@@ -27,4 +36,39 @@ class HealthService(health.HealthServicer):
             if len(name) > LONGEST or (name not in self._unknown and len(self._unknown) >= MOST_UNKNOWN):
                 context.abort(grpc.StatusCode.NOT_FOUND, "service: expected one of this server's, or a policy's name")
             self._unknown.add(name)
-        return super().Watch(request, context, send_response_callback)
+        if not self._room.acquire(blocking=False):
+            told = f"server: expected at most {MOST_WATCHERS} watchers of health, got one more; ask by Check"
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, told)
+        letters = _Letters(send_response_callback, self._room.release)
+        super().Watch(request, context, letters.put)
+        if not context.is_active():  # it ended before anybody could hear of its end
+            letters.put(None)
+
+
+class _Letters:
+    """The latest status for one watcher, told by a thread of its own: who puts it does not wait for who takes it."""
+
+    def __init__(self, send: Callable[[Any], object], ended: Callable[[], object]) -> None:
+        self._send, self._ended = send, ended
+        self._latest: list[Any] = []
+        self._changed = threading.Condition()
+        threading.Thread(target=self._deliver, name="health", daemon=True).start()
+
+    def put(self, status: Any) -> None:
+        """None: the call has ended."""
+        with self._changed:
+            if self._latest != [None]:
+                self._latest = [status]
+            self._changed.notify()
+
+    def _deliver(self) -> None:
+        try:
+            while (status := self._next()) is not None:
+                self._send(status)
+        finally:
+            self._ended()
+
+    def _next(self) -> Any:
+        with self._changed:
+            self._changed.wait_for(lambda: self._latest)
+            return self._latest.pop()

@@ -25,11 +25,21 @@ class Porter(grpc.ServerInterceptor):
     """Asks for room before a message is read, unless the call says that it is a second try: its answer may be at hand.
 
     To gRPC a method is one with a stream of requests, of which it reads one; on the wire that is the same. What is not
-    ours, health and reflection, has threads of its own: nobody who acts waits for one that they hold.
+    ours, health and reflection, has threads of its own, and its streams others than its checks: nobody waits for a
+    thread that a stream holds.
     """
 
-    def __init__(self, dispatcher: Dispatcher, gate: Gate, answering: Answering, others: ThreadPoolExecutor) -> None:
-        self._dispatcher, self._gate, self._answering, self._others = dispatcher, gate, answering, others
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        gate: Gate,
+        answering: Answering,
+        *,
+        checks: ThreadPoolExecutor,
+        streams: ThreadPoolExecutor,
+    ) -> None:
+        self._dispatcher, self._gate, self._answering = dispatcher, gate, answering
+        self._checks, self._streams = checks, streams
         self._awaited: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -37,10 +47,10 @@ class Porter(grpc.ServerInterceptor):
         handler = continuation(details)
         if handler is None:
             return handler
-        ours = details.method.startswith(OURS)
+        pool = self._streams
         if handler.unary_unary is not None:
-            handler = self._waiting(handler, details)
-        return handler if ours else _on(self._others, handler)
+            handler, pool = self._waiting(handler, details), self._checks
+        return handler if details.method.startswith(OURS) else _on(pool, handler)
 
     def _waiting(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
         method, behave = details.method.rpartition("/")[2], handler.unary_unary

@@ -57,7 +57,7 @@ KEEPALIVE_MS = 10_000
 THREADS = 32
 """More than inferences and waiting calls together, so that a refusal or a health check always finds one."""
 OTHER_THREADS = 16
-"""For health and reflection."""
+"""For checks of health, and as many for its streams and those of reflection."""
 MAX_CONCURRENT_CALLS = 256
 SWITCH_S = 5e-4
 """How long a thread may keep the interpreter from others: at Python's 5 ms, refusals and health would wait so long."""
@@ -99,7 +99,13 @@ class Server:
             pool,
             interceptors=[
                 *([Doorman(self.gate, self.answering.refuse)] if config.tokens else []),
-                Porter(self.dispatcher, self.gate, self.answering, ThreadPoolExecutor(OTHER_THREADS)),
+                Porter(
+                    self.dispatcher,
+                    self.gate,
+                    self.answering,
+                    checks=ThreadPoolExecutor(OTHER_THREADS),
+                    streams=ThreadPoolExecutor(OTHER_THREADS),
+                ),
                 Parser(self.answering.refuse),
             ],
             options=[

@@ -122,6 +122,7 @@ def test_streams_that_stay_open_take_no_thread_from_who_acts(serve, healthy, met
         time.sleep(0.5)
         assert not any(call.done() for call in calls)
         assert running.stub.GetAction(acting(1), timeout=5).version
+        assert health_pb2_grpc.HealthStub(running.channel).Check(health_pb2.HealthCheckRequest(), timeout=5).status
         for call in calls:
             call.cancel()
         never.set()

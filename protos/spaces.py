@@ -202,7 +202,11 @@ class ObservationSpec:
         if not 0 < self.extent_m < math.inf or not math.isfinite(self.plane_above_tool_m):
             raise ValueError(f"lengths must be finite, got {self.extent_m} and {self.plane_above_tool_m}")
         axes = np.array([self.row_axis, self.col_axis])
-        if axes.shape != (2, 2) or not np.array_equal(axes @ axes.T, np.eye(2)):
+        if (
+            any(isinstance(v, bool) for v in (*self.row_axis, *self.col_axis))
+            or axes.shape != (2, 2)
+            or not np.array_equal(axes @ axes.T, np.eye(2))
+        ):
             raise ValueError(
                 f"row_axis and col_axis must be orthonormal world directions, got {self.row_axis}, {self.col_axis}"
             )

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import grpc
 import numpy as np
@@ -27,7 +27,7 @@ from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from protos.files import write_atomically
 from protos.spaces import Observation, PolicySpec
-from serving.client import Connection, PolicyClient, PolicyError
+from serving.client import Connection, PolicyError
 
 PICTURES = 16
 CONNECT_S = 30.0
@@ -35,7 +35,7 @@ CONNECT_S = 30.0
 
 
 @dataclass(frozen=True)
-class Bench(Connection):
+class Bench:
     """Ask a server for actions at a fixed rate, and say how it did.
 
     A client with an answer outstanding skips its beat, as a robot would, unless --outstanding allows more: with many,
@@ -51,6 +51,7 @@ class Bench(Connection):
     policy: str = ""
     """Empty: the server's default."""
     deadline_ms: float = 1000.0
+    connection: Annotated[Connection, tyro.conf.arg(name="")] = field(default_factory=Connection)
     pose: tuple[float, float, float] = (0.5, 0.0, 0.2)
     """Where the tool is, x, y and z in the robot's base frame in metres, for a server that keeps a workspace."""
     max_p99_ms: float = math.inf
@@ -59,7 +60,6 @@ class Bench(Connection):
     """Write the numbers here too, as JSON."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not all(map(math.isfinite, self.pose)):
             raise ValueError(f"--pose must be three finite numbers, got {self.pose}")
         for name, low in (("clients", 1), ("outstanding", 1), ("seconds", 0.1), ("rate", 0), ("deadline_ms", 1)):
@@ -91,9 +91,10 @@ class Tally:
 def connect(bench: Bench, kind: Any = grpc) -> Any:
     """A connection of its own, of grpc or grpc.aio: channels to one address would otherwise share one."""
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
-    if bench.tls is None:
-        return kind.insecure_channel(bench.server, options=options)
-    return kind.secure_channel(bench.server, bench.tls.credentials(), options=options)
+    server, tls = bench.connection.server, bench.connection.tls
+    if tls is None:
+        return kind.insecure_channel(server, options=options)
+    return kind.secure_channel(server, tls.credentials(), options=options)
 
 
 def pictures(spec: PolicySpec, seed: int) -> list[pb.Observation]:
@@ -114,10 +115,13 @@ class Client:
 
     def __init__(self, bench: Bench, spec: PolicySpec, seed: int) -> None:
         self._bench, self.tally = bench, Tally()
-        self._metadata = (("authorization", f"Bearer {bench.token}"),) if bench.token else ()
+        self._metadata = bench.connection.metadata
         self._deadline_s = bench.deadline_ms / 1e3
         self._channel = connect(bench)
         self._stub = pb_grpc.PolicyServiceStub(self._channel)
+        # Connected before the clock starts: a first call would else wait for TCP and TLS, too.
+        asked = pb.GetPolicyRequest(name=bench.policy)
+        self._stub.GetPolicy(asked, timeout=CONNECT_S, metadata=self._metadata, wait_for_ready=True)
         self._requests = [
             pb.GetActionRequest(observation=picture, policy=bench.policy) for picture in pictures(spec, seed)
         ]
@@ -186,7 +190,7 @@ class Client:
 
 def load(bench: Bench) -> tuple[list[Tally], float]:
     """Run all clients; what each saw, and how many seconds it took."""
-    with PolicyClient(bench.server, bench.policy, tls=bench.tls, token=bench.token) as asking:
+    with bench.connection.to(bench.policy) as asking:
         asking.wait_ready(CONNECT_S)
         clients = [Client(bench, asking.spec, seed) for seed in range(bench.clients)]
     took = _closed_loop(bench, clients) if bench.outstanding == 1 else asyncio.run(_open_loop(bench, clients))
@@ -261,6 +265,9 @@ def main() -> int:
             write_atomically(bench.output, (json.dumps(found, indent=2) + "\n").encode())
     except (PolicyError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
+        return 2
+    except grpc.RpcError as error:
+        print(f"{error.code().name}: {error.details()}", file=sys.stderr)
         return 2
     failed = set(found["codes"]) - {"OK", "RESOURCE_EXHAUSTED"}
     p99 = found["codes"].get("OK", {"p99": math.inf})["p99"]

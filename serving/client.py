@@ -74,6 +74,15 @@ class Connection:
     def tls(self) -> Tls | None:
         return Tls(self.tls_ca, self.tls_cert, self.tls_key) if self.tls_ca or self.tls_cert else None
 
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What each call carries."""
+        return _bearer(self.token)
+
+    def to(self, policy: str = "", version: str = "", **how: Any) -> "PolicyClient":
+        """A client of a policy there; `how`: as PolicyClient takes it."""
+        return PolicyClient(self.server, policy, version, tls=self.tls, token=self.token, **how)
+
 
 class PolicyError(Exception):
     """A call that failed.
@@ -138,6 +147,10 @@ class Episode:
         self.outcome = Outcome.OUTCOME_SUCCESS if success else Outcome.OUTCOME_FAILURE
 
 
+def _bearer(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),) if token else ()
+
+
 class PolicyClient:
     """A connection to one policy of one server. Use as a context manager; threads may share it.
 
@@ -163,7 +176,7 @@ class PolicyClient:
         token: str = "",
     ) -> None:
         self._policy, self._version, self._timeout_s, self._expected = policy, version, timeout_s, spec
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._metadata = _bearer(token)
         if tls:
             self._channel = grpc.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
         else:
@@ -182,11 +195,14 @@ class PolicyClient:
         self._channel.close()
 
     def wait_ready(self, timeout_s: float = 30.0) -> pb.PolicyInfo:
-        """Wait until the server answers for the policy: it listens before its policies have proved themselves."""
+        """Wait until the server answers for the policy: it listens before its policies have proved themselves.
+
+        With `timeout_s` 0, it is asked once.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                return self._connect(deadline - time.monotonic())[0]
+                return self._connect(max(deadline - time.monotonic(), POLL_S))[0]
             except PolicyError as error:
                 retry = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
                 if not retry or time.monotonic() + POLL_S >= deadline:

@@ -181,10 +181,13 @@ def _from_file(flags: list[str]) -> dict[str, Any]:
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    # Empty means not set, as with ${RECORD:-} in a compose file: as a path it would be the current folder.
-    found = {k.removeprefix(ENVIRONMENT).lower(): v for k, v in environment.items() if k.startswith(ENVIRONMENT) and v}
+    found = {k.removeprefix(ENVIRONMENT).lower(): v for k, v in environment.items() if k.startswith(ENVIRONMENT)}
     found = {name: text for name, text in found.items() if not _is_link(name, text)}
     _require_known(found, "the environment")
+    # Of ${RECORD:-} in a compose file, or of a name mistyped there. As a path it would be the current folder, and
+    # whoever meant to set tokens or a workspace must not have a server without.
+    if empty := [f"{ENVIRONMENT}{name.upper()}" for name, text in found.items() if not text]:
+        raise StartupError(f"the environment: {', '.join(sorted(empty))} must have a value, or not be there at all")
     return {name: _value(text) for name, text in found.items()}
 
 

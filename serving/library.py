@@ -91,9 +91,9 @@ class Library:
         """
         self.registry.require_published()  # and not after a whole start, which holds the lock
         with self._loading:
-            files = self._in_folder() | self._named
+            files = self._named if name in self._named else self._in_folder()
             if name not in files:
-                expected = f"one of: {', '.join(sorted(files))}"
+                expected = f"one of: {', '.join(sorted(files | self._named))}"
                 raise Rejected("name", expected, shown(name), "a name, never a path", Status.NOT_FOUND)
             policy = self._renewed(name, files[name])
             self._withdrawn.pop(name, None)
@@ -121,13 +121,16 @@ class Library:
         was unloaded on request stays so.
 
         Returns what happened, a line each. A file that must not serve changes nothing but the log, and neither does a
-        folder that cannot be read: it may be a disk that is away.
+        folder that cannot be read, or has no policy left: it may be a disk that is away.
         """
         said = []
         with self._loading:
             try:
                 found = self._in_folder()
                 vanished = {p.name for p in self.registry} - set(found) - set(self._named)
+                if vanished and not found:
+                    said.append(f"nothing is left in {self.folder}: a disk that is away? What is live stays")
+                    vanished = set()
             except Rejected as away:
                 said.append(str(away))
                 found, vanished = {}, set()

@@ -128,6 +128,8 @@ def record(config: Collect, partial: Partial, noise: float) -> Iterator[Episode]
                 partial.reject(index, episode)
                 failures += 1
                 if failures == HOPELESS:
+                    if not done:
+                        partial.remove()  # so that another behaviour may have the place
                     raise ValueError(
                         f"--behavior {config.behavior}: {failures} episodes in a row failed, and without failures "
                         "(--no-keep-failures) nothing is left of them; choose one that can do the task"
@@ -182,6 +184,7 @@ def collect(config: Collect) -> Summary:
     Raises:
         FileExistsError: the output exists, or an interrupted collection asked for something else.
         PolicyRefused, Rejected: a policy file cannot act here.
+        ValueError: only successes are to be kept, and there are none.
         OSError: the disk; what is recorded stays for the next run.
     """
     if config.output.exists():

@@ -38,7 +38,7 @@ INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
-class Evaluate(Connection):
+class Evaluate:
     """Close the loop through a policy server and report the success rate.
 
     The robot acts through gRPC alone. Exit code 0, or 1 when the success rate is below --min-success, or 2 when the
@@ -48,6 +48,7 @@ class Evaluate(Connection):
     Example: python -m sim_client.evaluate --server localhost:50051 --task drawer_opening --episodes 50
     """
 
+    connection: Annotated[Connection, tyro.conf.arg(name="")] = field(default_factory=Connection)
     task: TaskName = "drawer_opening"
     """What the robot is to do."""
     policy: str = ""
@@ -67,7 +68,6 @@ class Evaluate(Connection):
     world: Annotated[World, tyro.conf.arg(name="")] = field(default_factory=World)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 0 < self.timeout_s <= threading.TIMEOUT_MAX:
             raise ValueError(f"--timeout-s must be positive seconds, finite ones, got {self.timeout_s}")
         if not 0 <= self.wait_s <= threading.TIMEOUT_MAX:
@@ -146,14 +146,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         Interrupted: with what was done until then.
     """
     env = config.world.make(config.task)
-    connected = functools.partial(
-        PolicyClient,
-        config.server,
-        spec=unwrapped(env).spec_of_policy,
-        timeout_s=config.timeout_s,
-        tls=config.tls,
-        token=config.token,
-    )
+    connected = functools.partial(config.connection.to, spec=unwrapped(env).spec_of_policy, timeout_s=config.timeout_s)
     with connected(config.policy) as client:
         info = client.wait_ready(config.wait_s)
     if info.task != config.task:
@@ -163,15 +156,14 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         robot = Robot(client, config.timeout_s)
         episodes: list[Outcome] = []
         start = time.perf_counter()
-        with tqdm(range(config.episodes), unit="episode", desc=config.task) as bar:
-            for index in bar:
+        try:
+            for index in (bar := tqdm(range(config.episodes), unit="episode", desc=config.task)):
                 seed = EVALUATED + config.seed * EVALUATED_PER_SEED + index
-                try:
-                    episode = robot.run(env, seed)
-                except KeyboardInterrupt:
-                    raise Interrupted(episodes, config.episodes) from None
+                episode = robot.run(env, seed)
                 episodes.append(Outcome(seed, len(episode), episode.success))
                 bar.set_postfix_str(f"{sum(e.success for e in episodes)}/{len(episodes)} succeeded")
+        except KeyboardInterrupt:
+            raise Interrupted(episodes, config.episodes) from None
         seconds = time.perf_counter() - start
     env.close()
     return _report(config, info, episodes, robot, seconds)
@@ -212,7 +204,7 @@ def main() -> int:
     try:
         report = evaluate(config)
     except KeyboardInterrupt as interrupted:
-        print(str(interrupted) or "interrupted before the first episode", file=sys.stderr)
+        print(str(interrupted) or "interrupted", file=sys.stderr)
         return INTERRUPTED
     except (PolicyError, Rejected, ValueError) as error:
         print(f"evaluation stopped: {error}", file=sys.stderr)

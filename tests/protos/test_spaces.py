@@ -154,6 +154,7 @@ def test_other_json_is_rejected(text):
         {"plane_above_tool_m": math.nan},
         {"row_axis": (1, 1)},
         {"height": True, "width": True},
+        {"row_axis": (-1, False)},
         {"row_axis": (0, -1)},
         {"depth_min_m": -0.1},
         {"depth_max_m": 0.0},

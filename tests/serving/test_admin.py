@@ -210,14 +210,28 @@ def test_a_refresh_takes_up_new_files_and_drops_vanished_ones(operated, folder):
 def test_a_folder_that_is_away_takes_nothing_with_it(operated, folder):
     running, admin, token = operated
     away = folder.rename(folder.with_name("away"))
-    running.server.refresh()
-    assert [p.name for p in running.server.registry] == ["door", "other"]
+    for comes_back_empty in (False, True):  # as the place does where a disk was mounted
+        if comes_back_empty:
+            folder.mkdir()
+        running.server.refresh()
+        assert [p.name for p in running.server.registry] == ["door", "other"]
+    folder.rmdir()
     code, parts = refusal(admin.LoadPolicy, pb.LoadPolicyRequest(name="door"), metadata=token)
     assert (code, parts["field"]) == ("FAILED_PRECONDITION", "policies")
     admin.UnloadPolicy(pb.UnloadPolicyRequest(name="other"), metadata=token)
     away.rename(folder)
     running.server.refresh()  # and nothing that was unloaded meanwhile comes back with it
     assert [p.name for p in running.server.registry] == ["door"]
+
+
+def test_a_policy_that_was_given_by_its_file_needs_no_folder(serve, folder, tmp_path):
+    file, secret = tiny_policy_file(tmp_path / "named.onnx"), new_token("operator", ("admin",), tmp_path / "tokens")
+    running = serve(policy=(f"named={file}",), policies=folder, tokens=tmp_path / "tokens")
+    folder.rename(folder.with_name("away"))
+    tiny_policy_file(file, weight=1.5)
+    asked, token = pb.LoadPolicyRequest(name="named"), (("authorization", f"Bearer {secret}"),)
+    loaded = pb_grpc.PolicyAdminStub(running.channel).LoadPolicy(asked, metadata=token)
+    assert versions(running, "named")[-1] == loaded.policy.version
 
 
 def test_a_name_keeps_its_contract_while_nothing_is_live_under_it(operated, folder):

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -17,6 +17,7 @@ from serving.security import new_token
 from serving.server import Server
 from tests.makers import settings, small_spec
 from tests.serving.conftest import REPOSITORY
+from tests.serving.test_dispatcher import until
 from tests.serving.test_metrics import counted
 
 
@@ -63,15 +64,23 @@ def test_it_fails_when_calls_fail(serve, healthy, tmp_path):
     assert "NOT_FOUND" in process.stderr
     process, _ = bench(tmp_path, "--server", running.server.address, "--seconds", 1, "--max-p99-ms", 0.001)
     assert process.returncode == 1
-    process, found = bench(tmp_path, "--server", running.server.address, "--seconds", 1, "--deadline-ms", 1)
+    with ThreadPoolExecutor(1) as pool:
+        before = running.server.metrics.call_counts().get(("GetAction", "OK"), 0)
+        asking = pool.submit(bench, tmp_path, "--server", running.server.address, "--seconds", 5)
+        until(lambda: running.server.metrics.call_counts().get(("GetAction", "OK"), 0) > before, 60)
+        running.server.stop()
+        process, found = asking.result()
     assert process.returncode == 1, process.stderr
-    assert "DEADLINE_EXCEEDED" in found["codes"]
+    assert "UNAVAILABLE" in found["codes"]
 
 
 def test_it_waits_for_a_server_that_is_still_proving(healthy, tmp_path):
-    with Server(settings(healthy)) as server:
-        threading.Timer(2.0, server.load).start()
-        process, found = bench(tmp_path, "--server", server.address, "--seconds", 0.5, "--deadline-ms", 20_000)
+    with Server(settings(healthy)) as server, ThreadPoolExecutor(1) as pool:
+        asked = ("--server", server.address, "--seconds", 0.5, "--deadline-ms", 20_000)
+        asking = pool.submit(bench, tmp_path, *asked)
+        until(lambda: server.metrics.call_counts().get(("GetPolicy", "UNAVAILABLE"), 0) > 1, 60)
+        server.load()
+        process, found = asking.result()
     assert process.returncode == 0, process.stderr
     assert found["codes"].keys() == {"OK"}
 

@@ -56,10 +56,11 @@ def test_the_environment_overrides_the_file_and_flags_override_both(file, given)
     assert (config.listen, config.policy, config.queue) == ("localhost:3", ("c.onnx",), 7)
 
 
-def test_an_empty_variable_is_not_set():
-    """As ${RECORD:-} of a compose file leaves it; as a path it would be the current folder."""
-    config = parse(["--policy", "p.onnx"], {"EQUISERVE_RECORD": "", "EQUISERVE_POLICIES": "", "EQUISERVE_QUEUE": ""})
-    assert config == parse(["--policy", "p.onnx"], {})
+@pytest.mark.parametrize("name", ["RECORD", "POLICIES", "QUEUE", "TOKENS", "TLS_CLIENT_CA", "WORKSPACE", "LIMITS"])
+def test_an_empty_variable_is_refused_by_its_name(name):
+    """As ${RECORD:-} of a compose file leaves it. A path would be the current folder; a server without tokens, open."""
+    with pytest.raises(StartupError, match=f"EQUISERVE_{name} must have a value, or not be there"):
+        parse(["--policy", "p.onnx"], {f"EQUISERVE_{name}": ""})
 
 
 def test_every_kind_of_setting_fits_into_a_variable():

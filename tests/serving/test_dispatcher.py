@@ -46,8 +46,8 @@ def caller(name="a", within_s=math.inf, alive=lambda: True, replied=None):
     return Caller(name, time.monotonic() + within_s, alive, replied)
 
 
-def until(condition):
-    for _ in range(500):
+def until(condition, within_s=5.0):
+    for _ in range(int(within_s * 100)):
         if condition():
             return
         time.sleep(0.01)

@@ -21,7 +21,7 @@ import trustme
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status
 from protos.spaces import SPEC
-from serving.client import PolicyClient, PolicyError
+from serving.client import Connection, PolicyClient, PolicyError
 from serving.flight import files_of, read
 from serving.policy import load
 from serving.proofs import prove
@@ -91,14 +91,16 @@ def test_a_robot_waits_for_a_server_that_has_no_room_for_its_episode_yet(tmp_pat
             robot, leave = Robot(client, patience_s=60.0), stack.pop_all().close
 
             def leave_once_one_was_refused() -> None:
-                while not robot.refusals:
+                deadline = time.monotonic() + 60
+                while not robot.refusals and time.monotonic() < deadline:
                     time.sleep(0.01)
                 leave()
 
             with ThreadPoolExecutor(1) as pool:
                 leaving = pool.submit(leave_once_one_was_refused)
                 assert len(robot.run(scene, seed=3)) > 0
-                leaving.result(60)
+                leaving.result()
+            assert robot.refusals
 
 
 def test_a_report_speaks_of_the_version_that_acted_whatever_is_loaded_meanwhile(server, tmp_path, monkeypatch) -> None:
@@ -119,7 +121,7 @@ def test_a_report_speaks_of_the_version_that_acted_whatever_is_loaded_meanwhile(
 
     monkeypatch.setattr(Robot, "run", run_and_load_another)
     monkeypatch.setattr(PolicyClient, "_act", noted)
-    report = evaluate(Evaluate(server=server.address, episodes=2))
+    report = evaluate(Evaluate(connection=Connection(server.address), episodes=2))
     assert server.registry.resolve("", "").version == another.version != started
     assert set(acted) == {started} == {report["policy_version"]}
 
@@ -141,7 +143,7 @@ def played(monkeypatch) -> list[int]:
 def test_scenes_of_evaluation_are_nobody_elses(server, played) -> None:
     """Neither those of data, nor of the noise in them, nor those by which a training chooses what it keeps."""
     for seed in (0, 1):
-        evaluate(Evaluate(server=server.address, episodes=3, seed=seed))
+        evaluate(Evaluate(connection=Connection(server.address), episodes=3, seed=seed))
     assert len(set(played)) == 6
     assert RECORDED_PER_SEED < SURVEYED < CALIBRATED < WATCHED < EVALUATED <= min(played)
 
@@ -150,7 +152,7 @@ def test_a_report_and_the_servers_recording_say_how_each_episode_went(tmp_path, 
     wild = tiny_policy_file(tmp_path / "wild.onnx", SPEC, breaks=["wild"], golden_from="broken")
     with Server(settings(wild, record=tmp_path / "flight")) as recording:
         recording.load()
-        report = evaluate(Evaluate(server=recording.address, episodes=3))
+        report = evaluate(Evaluate(connection=Connection(recording.address), episodes=3))
     assert (report["successes"], report["failed_seeds"]) == (2, [played[1]])
     assert report["interventions"] > 0
     messages = [entry.message for file in files_of(tmp_path / "flight") for entry in read(file)]
@@ -206,26 +208,35 @@ def test_it_is_let_in_by_a_token_over_tls(tmp_path, played, capsys) -> None:
         tls_key=tmp_path / "localhost.key",
         tls_client_ca=tmp_path / "ca.pem",
     )
-    asked = Evaluate(
-        token=secret,
-        tls_ca=tmp_path / "ca.pem",
-        tls_cert=tmp_path / "robot@factory.pem",
-        tls_key=tmp_path / "robot@factory.key",
-        episodes=1,
-    )
     with Server(guarded) as closed:
         closed.load()
-        report = evaluate(replace(asked, server=closed.address))
+        connection = Connection(
+            closed.address,
+            token=secret,
+            tls_ca=tmp_path / "ca.pem",
+            tls_cert=tmp_path / "robot@factory.pem",
+            tls_key=tmp_path / "robot@factory.key",
+        )
+        report = evaluate(Evaluate(connection, episodes=1))
         assert report["episodes"] == 1
         assert secret not in str(report)
         with pytest.raises(PolicyError, match="UNAUTHENTICATED"):
-            evaluate(replace(asked, server=closed.address, token=""))
+            evaluate(Evaluate(replace(connection, token=""), episodes=1))
 
 
 def test_another_task_than_the_policys_is_pointed_out(server, played, capsys) -> None:
-    report = evaluate(Evaluate(server=server.address, episodes=1))
+    report = evaluate(Evaluate(connection=Connection(server.address), episodes=1))
     assert (report["task"], report["policy_task"]) == ("drawer_opening", "tiny")
     assert "policy tiny was trained for tiny, the task here is drawer_opening" in capsys.readouterr().err
+
+
+def test_half_a_certificate_is_refused() -> None:
+    with pytest.raises(ValueError, match="--tls-cert and --tls-key go together"):
+        Connection(tls_cert=Path("robot.pem"))
+
+
+def test_a_server_that_is_ready_need_not_be_waited_for(server, played) -> None:
+    assert evaluate(Evaluate(Connection(server.address), episodes=1, wait_s=0))["episodes"] == 1
 
 
 @pytest.mark.parametrize(
@@ -236,7 +247,6 @@ def test_another_task_than_the_policys_is_pointed_out(server, played, capsys) ->
         {"timeout_s": 0.0},
         {"wait_s": -1.0},
         {"wait_s": math.inf},
-        {"tls_cert": Path("robot.pem")},
     ],
     ids=str,
 )

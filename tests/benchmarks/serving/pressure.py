@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from serving.bench import Bench, Client
-from serving.client import PolicyClient
+from serving.client import Connection
 from tests.benchmarks.serving.measure import REPOSITORY, Row, apart, benched, served
 from tests.serving.load import connect, free_port, requests_for
 
@@ -144,8 +144,9 @@ def beside(
 ) -> tuple[list[float], list[float], dict[str, int]]:
     """A robot at 20 Hz with the one and the other in turns, as the machine drifts: its milliseconds, and refusals."""
     seconds = TURNS * 2 * (TURN_S + BEGIN_S + 1) + 4
-    with PolicyClient(robot) as asking:
-        client = Client(Bench(server=robot, clients=1, rate=20, seconds=seconds), asking.spec, seed=0)
+    connection = Connection(robot)
+    with connection.to() as asking:
+        client = Client(Bench(clients=1, rate=20, seconds=seconds, connection=connection), asking.spec, seed=0)
     acting = threading.Thread(target=client.run, args=(time.perf_counter(),))
     acting.start()
     time.sleep(2)

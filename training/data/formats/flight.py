@@ -102,7 +102,8 @@ class _Seen:
     def has_gaps(self) -> bool:
         """Messages were dropped, or the file that they were in is gone: what follows what is not known.
 
-        Without the server's own count, steps are taken to be numbered one after another, as `serving.client` does it.
+        Without the server's own count, steps must be numbered one after another: as `serving.client` does it unless a
+        call failed, of which nothing was recorded.
         """
         if self.taken is not None:
             return self.steps != self.taken

@@ -4,9 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 # The demonstration; override on the command line: make demo SEED=1
-SEED     ?= 0
-EPISODES ?= 50
-OUTPUT   ?= runs/demo
+SEED          ?= 0
+EPISODES      ?= 40
+MINUTES       ?= 5
+EVAL_EPISODES ?= 50
+OUTPUT        ?= runs/demo
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint stubs clean
@@ -23,10 +25,10 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-demo: ## Collect, train, export, serve, evaluate, report; ends in runs/demo
+demo: ## Collect, train, export, serve, evaluate, report: SEED, EPISODES, MINUTES, EVAL_EPISODES, OUTPUT=runs/demo
 	@started=$$(date +%s) && $(MAKE) --no-print-directory setup && \
-	$(BIN)/python -m training.demo --output $(OUTPUT) --seed $(SEED) --eval-episodes $(EPISODES) \
-		--setup-seconds $$(( $$(date +%s) - started ))
+	$(BIN)/python -m training.demo --output $(OUTPUT) --seed $(SEED) --episodes $(EPISODES) --minutes $(MINUTES) \
+		--eval-episodes $(EVAL_EPISODES) --setup-seconds $$(( $$(date +%s) - started ))
 
 test: setup lint ## Lint, types, import rules and the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile

@@ -190,6 +190,7 @@ class Client:
 
 def load(bench: Bench) -> tuple[list[Tally], float]:
     """Run all clients; what each saw, and how many seconds it took."""
+    print(f"waiting for {bench.connection.server}, {CONNECT_S:g} s at most", file=sys.stderr)
     with bench.connection.to(bench.policy) as asking:
         asking.wait_ready(CONNECT_S)
         clients = [Client(bench, asking.spec, seed) for seed in range(bench.clients)]

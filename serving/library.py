@@ -194,7 +194,7 @@ class Library:
     def _say_live(self, policy: Policy) -> None:
         log.info("policy %s %s: %s", policy.name, policy.version, policy.file)
         for proof in policy.proofs:
-            log.info("  proof %s: %.3g, bound %.3g (%s)", proof.name, proof.measured, proof.bound, proof.detail)
+            log.info("  proof %s passed: %.3g, bound %.3g (%s)", proof.name, proof.measured, proof.bound, proof.detail)
         log.info("  warm: %.2f ms an action", policy.inference_ms)
         self.metrics.loaded("live")
 

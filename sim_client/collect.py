@@ -67,7 +67,8 @@ class Collect:
     noise: float | None = None
     """How much the noisy expert's hand shakes, in units of each motion's bound."""
     target_success: float | None = None
-    """Choose the noise for this success rate instead: 0.4 means the same quality of data on every task."""
+    """Choose the noise for this success rate instead: 0.4 means the same quality of data on every task. Finding it
+    takes 600 episodes, some minutes, whatever is recorded then; the data's notes have it, for --noise."""
     workers: int = 1
     """Processes that record."""
     world: Annotated[World, tyro.conf.arg(name="")] = field(default_factory=World)
@@ -221,7 +222,7 @@ def _noisy_recorder(config: Collect, noise: float, first_seed: int) -> Record:
 
 
 def main() -> int:
-    config = tyro.cli(Collect, description=Collect.__doc__)
+    config = tyro.cli(Collect, prog="python -m sim_client.collect", description=Collect.__doc__)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, what is under way is cleared up
     try:
         done = collect(config)

@@ -199,7 +199,7 @@ def _report(config: Evaluate, policy: Any, episodes: list[Outcome], robot: Robot
 
 
 def main() -> int:
-    config = tyro.cli(Evaluate, description=Evaluate.__doc__)
+    config = tyro.cli(Evaluate, prog="python -m sim_client.evaluate", description=Evaluate.__doc__)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, the server is told that the episode ends
     try:
         report = evaluate(config)

@@ -73,7 +73,7 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
 
 
 def main() -> None:
-    config = tyro.cli(Look, description=Look.__doc__)
+    config = tyro.cli(Look, prog="python -m sim_client.look", description=Look.__doc__)
     draw(config)
     print(config.output)
 

@@ -166,7 +166,7 @@ def _about(task: TaskName) -> str:
 
 
 def main() -> None:
-    config = tyro.cli(Survey, description=Survey.__doc__)
+    config = tyro.cli(Survey, prog="python -m sim_client.survey", description=Survey.__doc__)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(config.workers, mp_context=context) as pool:
         measured = pool.map(measure, config.tasks, [config.episodes] * len(config.tasks))

@@ -110,7 +110,7 @@ def demonstrate(config: Demo) -> Path:
 
 
 def main() -> int:
-    config = tyro.cli(Demo, description=Demo.__doc__)
+    config = tyro.cli(Demo, prog="python -m training.demo", description=Demo.__doc__)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, nothing is left running
     try:
         path = demonstrate(config)

@@ -73,7 +73,7 @@ def evaluate(config: Evaluate) -> Result:
 
 
 def main() -> int:
-    config = tyro.cli(Evaluate, description=Evaluate.__doc__)
+    config = tyro.cli(Evaluate, prog="python -m training.evaluate", description=Evaluate.__doc__)
     os.nice(BELOW_TRAINING)
     try:
         result = evaluate(config)

@@ -31,6 +31,8 @@ TENSORBOARD, POLICY = "tensorboard", "policy.onnx"
 SMOOTHED_OVER = 0.03
 """Losses of single batches are noise, drawn pale: the curve is their moving average over this share of a run."""
 RATE = "success/rate"
+FEW = 5
+"""Points of a curve that are drawn large."""
 INTERVAL = ("success/wilson_low", "success/wilson_high")
 COLUMNS = (
     "run", "algorithm", "equivariance", "dataset", "seed", "updates", "minutes", "ms per update", "success in training",
@@ -42,8 +44,8 @@ COLUMNS = (
 class Report:
     """Compare runs of training: curves, and a table with settings, time, success and equivariance.
 
-    Success through the server is read from any *.json in a run's directory that `sim_client.evaluate --report` wrote
-    for its policy.onnx.
+    Success through the server is read from any *.json in a run's directory, or in the one above, that
+    `sim_client.evaluate --report` wrote for its policy.onnx.
 
     Example: python -m training.report runs/bc runs/iql --output runs/compared.html
     """
@@ -128,7 +130,7 @@ def _leave_out_what_is_being_written(curves: dict[str, tuple[np.ndarray, np.ndar
 
 
 def _served(path: Path, sha256: str) -> dict[str, Any] | None:
-    for file in sorted(path.glob("*.json")):
+    for file in (*sorted(path.glob("*.json")), *sorted(path.resolve().parent.glob("*.json"))):
         try:
             found = json.loads(file.read_text())
         except ValueError:  # somebody else's
@@ -169,7 +171,8 @@ def _figure(runs: list[Run], tags: list[str]) -> Figure:
         axis.set(title=tag, xlabel="update")
         if tag == RATE:
             axis.set_ylim(0, 1.02)
-    lines = [Line2D([], [], color=f"C{number}", label=run.name) for number, run in enumerate(runs)]
+    drawn = [(number, run) for number, run in enumerate(runs) if run.curves.keys() & set(tags)]
+    lines = [Line2D([], [], color=f"C{number}", label=run.name) for number, run in drawn]
     figure.legend(handles=lines, fontsize=8, loc="outside lower left", ncols=min(4, len(lines)))
     return figure
 
@@ -183,12 +186,14 @@ def _draw(axis: Axes, run: Run, tag: str, colour: str) -> None:
         return
     window = max(1, round(SMOOTHED_OVER * len(values)))
     axis.plot(steps, values, ".", color=colour, alpha=0.2, ms=3)
+    if len(values) <= FEW:  # else a single point could not be seen
+        axis.plot(steps, values, "o", color=colour, ms=5)
     kernel = np.ones(window) / window
     axis.plot(steps[window - 1 :], np.convolve(values, kernel, "valid"), color=colour, label=run.name)
 
 
 def main() -> int:
-    config = tyro.cli(Report, description=Report.__doc__)
+    config = tyro.cli(Report, prog="python -m training.report", description=Report.__doc__)
     try:
         write_report(config)
     except (Rejected, OSError) as error:

@@ -88,8 +88,9 @@ def _export(run: Run, evaluations: Evaluations | None) -> Path:
     path = config.output / POLICY
     manifest = export(run.learner.agent, run.dataset, provenance, path, evaluation=_told(success))
     print(
-        f"{path}: {run.updates} updates in {run.seconds / 60:.1f} min; equivariance error "
-        f"{manifest.equivariance_error_90:.1e} at 90 degrees, {manifest.equivariance_error_45:.1e} at 45"
+        f"{path}: {run.updates} updates in {run.seconds / 60:.1f} min; equivariance error at most "
+        f"{manifest.equivariance_error_90:.1e} at 90 degrees, {manifest.equivariance_error_45:.1e} at 45, to which "
+        "no grid of pixels turns exactly"
         + (f"; from update {updates}, success {success.success_rate:.0%} while training" if success else "")
     )
     return path

@@ -49,6 +49,8 @@ def test_a_row_takes_success_from_the_curves_and_from_the_server_s_report(runs: 
     assert cell(run, "updates") == "40"
     (runs[0] / "report.json").write_text(json.dumps(served | {"policy_sha256": "another"}))
     assert cell(Run.read(runs[0]), "success through the server") == ""
+    (runs[0].parent / "report.json").write_text(json.dumps(served))  # as the demo leaves it
+    assert cell(Run.read(runs[0]), "success through the server") == "90% (60% to 98%)"
 
 
 def test_an_evaluation_that_is_being_written_is_left_out(reach_path: Path, tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ def test_the_legend_names_every_run_whatever_it_logged() -> None:
     curve = np.array([20, 40]), np.array([0.1, 0.2])
     made = [
         Run(name, None, dict.fromkeys(tags, curve), None, None)  # type: ignore[arg-type]
-        for name, tags in (("iql", ["values/v"]), ("cql", ["values/alpha", "values/v"]))
+        for name, tags in (("iql", ["values/v"]), ("cql", ["values/alpha", "values/v"]), ("bc", ["losses/actor"]))
     ]
     figure = _figure(made, ["values/alpha", "values/v"])
     assert [text.get_text() for legend in figure.legends for text in legend.get_texts()] == ["iql", "cql"]

@@ -91,7 +91,8 @@ def write_page(file: Path, path: Path, about: About, survey: Survey, disk_bytes:
     rows.insert(0, ("task", about.task))
     warnings = "".join(f"<p class=w>{html.escape(w)}</p>" for w in survey.warnings())
     strips = "".join(
-        f"<h3>episode {i}: {len(e)} steps, {'success' if e.success else 'failure'}, {html.escape(e.behavior)}</h3>"
+        f"<h3>episode {i}: {len(e)} steps, {'success' if e.success else 'failure'}, "
+        f"recorded by {html.escape(e.behavior)}</h3>"
         f"{image(filmstrip(e, about.spec))}"
         for i, e in enumerate(shown)
     )

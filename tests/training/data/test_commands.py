@@ -149,7 +149,7 @@ def test_the_page_is_one_file_with_pictures_and_numbers(path: Path, tmp_path: Pa
         pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(picture)))
         assert pixels.std() > 0.05
     assert "8, 4 successful (50%)" in text
-    assert "episode 5: 2 steps, failure, random" in text
+    assert "episode 5: 2 steps, failure, recorded by random" in text
     assert "http" not in text  # nothing is fetched
     assert [p.name for p in page.parent.iterdir()] == ["set.html"]
 

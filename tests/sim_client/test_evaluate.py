@@ -1,6 +1,7 @@
 """The stand-in robot's loop through a server that is busy at times, or a machine that is."""
 
 import contextlib
+import functools
 import itertools
 import math
 import signal
@@ -178,7 +179,9 @@ def test_an_interrupted_evaluation_says_what_was_done_and_ends_its_episode(tmp_p
     with Server(settings(tiny_policy_file(tmp_path / "tiny.onnx", SPEC), record=tmp_path / "flight")) as recording:
         recording.load()
         command = [sys.executable, "-m", "sim_client.evaluate", "--server", recording.address, "--episodes", "1000"]
-        process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+        # What a shell runs in the background ignores SIGINT, and hands that down.
+        heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
         deadline = time.monotonic() + 120
         while sum(recording.metrics.call_counts().values()) < 60:  # the second episode
             assert time.monotonic() < deadline

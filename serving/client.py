@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from protos.spaces import Observation, PolicySpec, Pose
 
 RETRY_AFTER_S = (0.02, 0.05, 0.1)
 """Waits before another attempt at a call that was answered UNAVAILABLE; then the error is the caller's."""
-POLL_S = 0.1
+POLL_S, ONE_TRY_S = 0.1, 1.0
+"""Who waits for a server asks so often, and lets the last try take so long, though its time is over then."""
 CHANNEL_OPTIONS = [
     ("grpc.enable_retries", 0),  # retries are ours: bounded, within the deadline, UNAVAILABLE only
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -57,7 +58,7 @@ class Connection:
 
     server: str = "localhost:50051"
     """HOST:PORT of `python -m serving.server`."""
-    token: str = ""
+    token: str = field(default="", repr=False)
     """A bearer token, where the server asks for one."""
     tls_ca: Path | None = None
     """PEM certificates to trust; with it the connection is TLS."""
@@ -197,12 +198,12 @@ class PolicyClient:
     def wait_ready(self, timeout_s: float = 30.0) -> pb.PolicyInfo:
         """Wait until the server answers for the policy: it listens before its policies have proved themselves.
 
-        With `timeout_s` 0, it is asked once.
+        With `timeout_s` 0, it is asked once, for a second at most.
         """
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                return self._connect(max(deadline - time.monotonic(), POLL_S))[0]
+                return self._connect(max(deadline - time.monotonic(), ONE_TRY_S))[0]
             except PolicyError as error:
                 retry = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
                 if not retry or time.monotonic() + POLL_S >= deadline:

@@ -233,6 +233,10 @@ def test_another_task_than_the_policys_is_pointed_out(server, played, capsys) ->
     assert "policy tiny was trained for tiny, the task here is drawer_opening" in capsys.readouterr().err
 
 
+def test_a_token_is_not_shown_with_what_was_asked() -> None:
+    assert "a secret" not in repr(Evaluate(Connection(token="a secret")))
+
+
 def test_half_a_certificate_is_refused() -> None:
     with pytest.raises(ValueError, match="--tls-cert and --tls-key go together"):
         Connection(tls_cert=Path("robot.pem"))

@@ -113,17 +113,18 @@ def pictures(spec: PolicySpec, seed: int) -> list[pb.Observation]:
 class Client:
     """One robot's worth of load."""
 
-    def __init__(self, bench: Bench, spec: PolicySpec, seed: int) -> None:
+    def __init__(self, bench: Bench, seed: int) -> None:
         self._bench, self.tally = bench, Tally()
         self._metadata = bench.connection.metadata
         self._deadline_s = bench.deadline_ms / 1e3
         self._channel = connect(bench)
         self._stub = pb_grpc.PolicyServiceStub(self._channel)
-        # Connected before the clock starts: a first call would else wait for TCP and TLS, too.
+        # On the connection that is measured: a first call would else wait for TCP and TLS, too.
         asked = pb.GetPolicyRequest(name=bench.policy)
-        self._stub.GetPolicy(asked, timeout=CONNECT_S, metadata=self._metadata, wait_for_ready=True)
+        info = self._stub.GetPolicy(asked, timeout=CONNECT_S, metadata=self._metadata, wait_for_ready=True).policy
         self._requests = [
-            pb.GetActionRequest(observation=picture, policy=bench.policy) for picture in pictures(spec, seed)
+            pb.GetActionRequest(observation=picture, policy=bench.policy)
+            for picture in pictures(PolicySpec.from_json(info.contract), seed)
         ]
         for request in self._requests:
             x, y, z = bench.pose
@@ -193,7 +194,7 @@ def load(bench: Bench) -> tuple[list[Tally], float]:
     print(f"waiting for {bench.connection.server}, {CONNECT_S:g} s at most", file=sys.stderr)
     with bench.connection.to(bench.policy) as asking:
         asking.wait_ready(CONNECT_S)
-        clients = [Client(bench, asking.spec, seed) for seed in range(bench.clients)]
+    clients = [Client(bench, seed) for seed in range(bench.clients)]
     took = _closed_loop(bench, clients) if bench.outstanding == 1 else asyncio.run(_open_loop(bench, clients))
     for client in clients:
         client.close()

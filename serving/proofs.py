@@ -79,9 +79,10 @@ def golden(policy: Policy) -> Proof:
     errors = np.maximum(together, alone)
     error = float(errors.max())
     if not error <= GOLDEN_BOUND:
-        cause = _misreading(policy, expected)
         if together.max() <= GOLDEN_BOUND:
             cause = " where they are asked for one by one: an answer depends on what else is in the batch"
+        else:
+            cause = _misreading(policy, expected)
         raise _refusal(
             "golden",
             f"golden actions within {GOLDEN_BOUND:g} of a field's scale",

@@ -144,9 +144,7 @@ def beside(
 ) -> tuple[list[float], list[float], dict[str, int]]:
     """A robot at 20 Hz with the one and the other in turns, as the machine drifts: its milliseconds, and refusals."""
     seconds = TURNS * 2 * (TURN_S + BEGIN_S + 1) + 4
-    connection = Connection(robot)
-    with connection.to() as asking:
-        client = Client(Bench(clients=1, rate=20, seconds=seconds, connection=connection), asking.spec, seed=0)
+    client = Client(Bench(clients=1, rate=20, seconds=seconds, connection=Connection(robot)), seed=0)
     acting = threading.Thread(target=client.run, args=(time.perf_counter(),))
     acting.start()
     time.sleep(2)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+import trustme
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -54,6 +55,17 @@ def far_scene(seed: int = 0, spec: PolicySpec | None = None) -> Observation:
     observation = scene(seed, spec)
     observation.depth[0, 0] = FAR_M + 0.005
     return observation
+
+
+def certify(folder: Path, **names: str) -> None:
+    """An authority of its own, ca.pem, and for each FILE=name that it vouches for a pair, FILE.pem and FILE.key."""
+    folder.mkdir(exist_ok=True)
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    for file, name in names.items():
+        issued = authority.issue_cert(name)
+        issued.private_key_pem.write_to_path(folder / f"{file}.key")
+        issued.cert_chain_pems[0].write_to_path(folder / f"{file}.pem")
 
 
 def tiny_policy_file(

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-import trustme
 from google.protobuf import descriptor_pool, json_format
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
@@ -23,7 +22,7 @@ from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from protos.errors import Status
 from protos.spaces import SPEC
 from serving.security import new_token
-from tests.makers import tiny_policy_file
+from tests.makers import certify, tiny_policy_file
 from tests.serving.conftest import REPOSITORY
 
 PAGE = REPOSITORY / "docs/protocol.md"
@@ -110,15 +109,11 @@ def policies(tmp_path_factory):
 def page_server(serve, policies, tmp_path, monkeypatch):
     """{what the examples say: what it is here}, for the page's server and one with TLS; in a folder with ca.pem."""
     monkeypatch.chdir(tmp_path)
-    authority = trustme.CA()
-    identity = authority.issue_cert("localhost")
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    identity.private_key_pem.write_to_path(tmp_path / "key.pem")
-    identity.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    certify(tmp_path, server="localhost")
     secret = new_token("me", ("admin",), tmp_path / "tokens")
     common = {"policy": tuple(policies), "tokens": tmp_path / "tokens"}
     plain = serve(record=tmp_path / "flight", **common)
-    secure = serve(tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem", **common)
+    secure = serve(tls_cert=tmp_path / "server.pem", tls_key=tmp_path / "server.key", **common)
     return {PLAIN: plain.server.address, SECURE: secure.server.address, TOKEN: f"Bearer {secret}"}
 
 

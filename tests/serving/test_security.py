@@ -10,7 +10,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -20,7 +19,7 @@ from serving.client import PolicyClient, PolicyError, Tls
 from serving.errors import StartupError
 from serving.security import Gate, new_token, read_tokens
 from serving.server import Server
-from tests.makers import scene, settings
+from tests.makers import certify, scene, settings
 from tests.serving.requests import acting, refusal
 from tests.serving.test_metrics import scrape
 
@@ -30,13 +29,7 @@ def pki(tmp_path_factory):
     """ours/ and theirs/: an authority, a server's pair and a client's pair each."""
     home = tmp_path_factory.mktemp("pki")
     for side in ("ours", "theirs"):
-        authority = trustme.CA()
-        (home / side).mkdir()
-        authority.cert_pem.write_to_path(home / side / "ca.pem")
-        for name in ("localhost", "client"):
-            issued = authority.issue_cert(name if name == "localhost" else "arm-1@factory")
-            issued.private_key_pem.write_to_path(home / side / f"{name}.key")
-            issued.cert_chain_pems[0].write_to_path(home / side / f"{name}.pem")
+        certify(home / side, localhost="localhost", client="arm-1@factory")
     return home
 
 

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import pytest
-import trustme
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status
@@ -33,7 +32,7 @@ from sim_client.episodes import Episode
 from sim_client.evaluate import Evaluate, Robot, evaluate, main
 from sim_client.rollout import Act, rollout
 from sim_client.seeds import CALIBRATED, EVALUATED, RECORDED_PER_SEED, SURVEYED, WATCHED
-from tests.makers import settings, tiny_policy_file
+from tests.makers import certify, settings, tiny_policy_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -197,12 +196,7 @@ def test_an_interrupted_evaluation_says_what_was_done_and_ends_its_episode(tmp_p
 
 
 def test_it_is_let_in_by_a_token_over_tls(tmp_path, played, capsys) -> None:
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    for side in ("localhost", "robot@factory"):
-        issued = authority.issue_cert(side)
-        issued.private_key_pem.write_to_path(tmp_path / f"{side}.key")
-        issued.cert_chain_pems[0].write_to_path(tmp_path / f"{side}.pem")
+    certify(tmp_path, localhost="localhost", robot="robot@factory")
     secret = new_token("robot", ("act",), tmp_path / "tokens")
     guarded = settings(
         tiny_policy_file(tmp_path / "tiny.onnx", SPEC),
@@ -217,8 +211,8 @@ def test_it_is_let_in_by_a_token_over_tls(tmp_path, played, capsys) -> None:
             closed.address,
             token=secret,
             tls_ca=tmp_path / "ca.pem",
-            tls_cert=tmp_path / "robot@factory.pem",
-            tls_key=tmp_path / "robot@factory.key",
+            tls_cert=tmp_path / "robot.pem",
+            tls_key=tmp_path / "robot.key",
         )
         report = evaluate(Evaluate(connection, episodes=1))
         assert report["episodes"] == 1

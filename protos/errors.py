@@ -42,6 +42,10 @@ class Rejected(ValueError):
         told = f"{self.field}: expected {self.expected}, got {self.got}"
         super().__init__(f"{told}; {self.remedy}" if remedy else told)
 
+    def within(self, where: str) -> "Rejected":
+        """The same refusal, where `where` comes before the field: "episode 3, " or "metadata."."""
+        return Rejected(where + self.field, self.expected, self.got, self.remedy, self.status)
+
 
 def shown(text: str, length: int = 64) -> str:
     """A caller's text in a form that is safe to log and to send back: quoted, escaped, and cut to `length`."""

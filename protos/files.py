@@ -29,3 +29,9 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, owner: tuple
     except BaseException:
         Path(scratch).unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(path: Path) -> None:
+    """What processes that were killed while they wrote `path` have left. Nobody may be writing it now."""
+    for scratch in path.parent.glob(f".{path.name}.????????"):
+        scratch.unlink(missing_ok=True)

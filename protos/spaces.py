@@ -299,11 +299,11 @@ class PolicySpec:
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists by index."""
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists by index, and by their parts' names: {"fields.1[planar].limit": 0.05}."""
     if isinstance(tree, Mapping):
         items = list(tree.items())
     elif isinstance(tree, list):
-        items = list(enumerate(tree))
+        items = [(f"{i}[{v['name']}]" if isinstance(v, Mapping) and "name" in v else i, v) for i, v in enumerate(tree)]
     else:
         return {prefix: tree}
     return {k: v for name, sub in items for k, v in _flatten(sub, f"{prefix}.{name}" if prefix else str(name)).items()}

@@ -129,6 +129,24 @@ def test_a_difference_is_named_with_both_values():
     assert caught.value.status is Status.FAILED_PRECONDITION
 
 
+def test_an_action_s_field_that_differs_is_named_as_its_contract_names_it():
+    gripper, planar, *others = ACTION.fields
+    for fields, where in (
+        ((gripper, replace(planar, limit=0.02), *others), "contract.action.fields.1[planar].limit"),
+        ((planar, gripper, *others), "contract.action.fields.0[gripper]"),
+    ):
+        with pytest.raises(Rejected) as caught:
+            SPEC.require_same(PolicySpec(OBSERVATION, replace(ACTION, fields=fields)), "the robot")
+        assert caught.value.field.startswith(where)
+
+
+def test_a_refusal_of_a_part_says_of_which_and_keeps_the_rest():
+    part = Rejected("depth", "metres", "feet", "convert them", Status.OUT_OF_RANGE)
+    whole = part.within("episode 3, ")
+    assert str(whole) == "episode 3, depth: expected metres, got feet; convert them"
+    assert whole.status is Status.OUT_OF_RANGE
+
+
 def _without(key):
     tree = json.loads(SPEC.to_json())
     del tree[key]

@@ -23,14 +23,14 @@ class PolicyAdminServicer(pb_grpc.PolicyAdminServicer):
     def LoadPolicy(self, request: pb.LoadPolicyRequest, context: grpc.ServicerContext) -> pb.LoadPolicyResponse:
         with self._answering("LoadPolicy", context) as call:
             self._require_name(request.name)
-            policy = self._library.load(request.name)
+            policy = self._library.load(request.name, call.patience_s)
             log.info("%s loaded %s %s", call.client, policy.name, policy.version)
             return pb.LoadPolicyResponse(policy=policy.info())
 
     def UnloadPolicy(self, request: pb.UnloadPolicyRequest, context: grpc.ServicerContext) -> pb.UnloadPolicyResponse:
         with self._answering("UnloadPolicy", context) as call:
             self._require_name(request.name)
-            self._library.unload(request.name, request.version)
+            self._library.unload(request.name, request.version, call.patience_s)
             log.info("%s unloaded %s %s", call.client, shown(request.name), shown(request.version))
             return pb.UnloadPolicyResponse()
 

@@ -59,7 +59,9 @@ class Connection:
     server: str = "localhost:50051"
     """HOST:PORT of `python -m serving.server`."""
     token: str = field(default="", repr=False)
-    """A bearer token, where the server asks for one."""
+    """A bearer token, where the server asks for one. Whoever may list this machine's processes reads it here."""
+    token_file: Path | None = None
+    """A file that holds it instead, and nothing else."""
     tls_ca: Path | None = None
     """PEM certificates to trust; with it the connection is TLS."""
     tls_cert: Path | None = None
@@ -70,6 +72,8 @@ class Connection:
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key go together")
+        if self.token and self.token_file:
+            raise ValueError("either --token or --token-file")
 
     @property
     def tls(self) -> Tls | None:
@@ -78,11 +82,15 @@ class Connection:
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What each call carries."""
-        return _bearer(self.token)
+        return _bearer(self._secret)
 
     def to(self, policy: str = "", version: str = "", **how: Any) -> "PolicyClient":
         """A client of a policy there; `how`: as PolicyClient takes it."""
-        return PolicyClient(self.server, policy, version, tls=self.tls, token=self.token, **how)
+        return PolicyClient(self.server, policy, version, tls=self.tls, token=self._secret, **how)
+
+    @property
+    def _secret(self) -> str:
+        return self.token_file.read_text().strip() if self.token_file else self.token
 
 
 class PolicyError(Exception):

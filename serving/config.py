@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
@@ -39,7 +39,7 @@ class Config:
     """The name that answers callers who name none; empty: the first."""
     listen: str = "localhost:50051"
     """HOST:PORT. Port 0 takes a free one; the line "serving on HOST:PORT" on stdout says which."""
-    insecure: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    insecure: bool = False
     """Allow an address that other machines can reach, without encryption: anyone there can then ask for motions, and
     read tokens. For a container whose port is published on the loopback interface, or a network of your own."""
     tls_cert: Path | None = None
@@ -73,10 +73,10 @@ class Config:
     """Warn when a camera sends as many equal frames in a row; 0: never."""
     invalid_share: float = 0.2
     """Warn when more than this share of a frame's pixels has no depth."""
-    strict_frames: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    strict_frames: bool = False
     """Refuse such frames instead."""
     max_episodes: int = 64
-    """Episodes open at the same time."""
+    """Episodes open at the same time. Beyond that, who had no call for longest, and none within 30 s, makes room."""
     episode_idle_s: float = 600.0
     """An episode without a call for so long is forgotten."""
     grace_s: float = 5.0
@@ -91,7 +91,7 @@ class Config:
     """The oldest files of this folder go when together they exceed this."""
     log_format: Literal["text", "json"] = "text"
     """One line an event, for people or for machines."""
-    trace: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    trace: bool = False
     """Make OpenTelemetry spans (needs opentelemetry-sdk; where they go is OTEL_*'s business)."""
     check_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Check everything, policies included, say so, and exit."""
@@ -142,6 +142,8 @@ class Config:
 
 SETTINGS = {f.name for f in fields(Config)} - {"check_config"}
 """What a file and the environment may name."""
+TEXTS = {name for name, kind in get_type_hints(Config).items() if kind in (str, Path, Path | None)}
+"""Of those, what is no number even where it looks like one: a policy may be called 1.10."""
 LINK = re.compile(r"(\w+_)?(service_(host|port(_\w+)?)|port(_\d+_\w+)?)")
 
 
@@ -188,7 +190,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     # whoever meant to set tokens or a workspace must not have a server without.
     if empty := [f"{ENVIRONMENT}{name.upper()}" for name, text in found.items() if not text]:
         raise StartupError(f"the environment: {', '.join(sorted(empty))} must have a value, or not be there at all")
-    return {name: _value(text) for name, text in found.items()}
+    return {name: _value(name, text) for name, text in found.items()}
 
 
 def _is_link(name: str, text: str) -> bool:
@@ -196,12 +198,13 @@ def _is_link(name: str, text: str) -> bool:
     return bool(LINK.fullmatch(name)) and (name not in SETTINGS or "://" in text)
 
 
-def _value(text: str) -> Any:
+def _value(name: str, text: str) -> Any:
     """A variable's text as TOML has it ([0.3, 0.7], true, {planar = 0.02}), or else as it stands."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return text if name in TEXTS and not isinstance(value, str) else value
 
 
 def _require_known(settings: Mapping[str, Any], where: str) -> None:

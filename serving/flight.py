@@ -6,6 +6,7 @@ The reader is stricter than mcap's own, which skips what it does not know and ca
 """
 
 import contextlib
+import fcntl
 import io
 import os
 import struct
@@ -53,7 +54,7 @@ class Entry:
 
 
 class FlightFile:
-    """A recording under way. Not thread-safe.
+    """A recording under way. Not thread-safe. Its file is locked, so that `is_under_way` knows.
 
     An OSError, as of a full disk, ends it: it is closed, and ends with the last whole message; without one, it is gone.
     """
@@ -62,6 +63,8 @@ class FlightFile:
         self._path, self._written, self._described = path, 0, 0
         self.messages = 0
         self._file = path.open("xb", buffering=0)
+        with contextlib.suppress(OSError):  # a file system that knows no locks
+            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._held = _Held()
         self._writer = Writer(self._held, 1, CompressionType.LZ4, IndexType.CHUNK)
         self._writer.start(PROFILE, LIBRARY)
@@ -216,6 +219,18 @@ def _is_ours(kind: int, length: int, at: int) -> bool:
     if kind == Opcode.CHUNK:
         return _CHUNK.size <= length <= RECORD_LIMIT
     return kind == Opcode.DATA_END and length == _DATA_END_BYTES
+
+
+def is_under_way(path: Path) -> bool:
+    """Whether a recorder, of whichever process, still writes it."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def files_of(path: Path) -> list[Path]:

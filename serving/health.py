@@ -42,7 +42,15 @@ class HealthService(health.HealthServicer):
         letters = _Letters(send_response_callback, self._room.release)
         super().Watch(request, context, letters.put)
         if not context.is_active():  # it ended before anybody could hear of its end
-            letters.put(None)
+            self._on_close_callback(letters.put, name)()
+
+    def _on_close_callback(self, send_response_callback: Any, service: str) -> Any:
+        def forget() -> None:
+            with self._lock:
+                self._send_response_callbacks[service].discard(send_response_callback)
+            send_response_callback(None)
+
+        return forget
 
 
 class _Letters:

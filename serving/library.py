@@ -8,7 +8,8 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from serving.registry import Registry
 log = logging.getLogger(__name__)
 
 WARM_UP_CALLS = 5
+PATIENCE_S = 5.0
+"""So long a caller waits at most until another's change of policies is over."""
 NAME = r"[\w.-]+"
 
 
@@ -51,14 +54,21 @@ class Library:
         """SHA-256 of a name's file, where that was unloaded on request: a look at the files does not bring it back."""
         self._loading = threading.Lock()
 
-    def open(self, default: str = "") -> None:
-        """Load and prove everything, then go live with all of it together.
+    def open(self, default: str = "", *, stopped: Callable[[], bool] = lambda: False) -> bool:
+        """Load and prove everything, then go live with all of it together: True.
+
+        Args:
+            stopped: asked between policies; once it says so, nothing goes live: False.
 
         Raises:
             PolicyRefused, StartupError: and nothing is live.
         """
         with self._loading:
-            policies = [self._proved(Path(path), name) for name, path in map(_split, self.files)]
+            policies: list[Policy] = []
+            for name, file in map(_split, self.files):
+                if stopped():
+                    return False
+                policies.append(self._proved(Path(file), name))
             self._named = {p.name: Path(p.file) for p in policies}
             try:
                 found = self._in_folder()
@@ -70,7 +80,11 @@ class Library:
                         f"policy {name} is in {self.folder} and is given as {self._named[name]}, too; name them apart: "
                         f"--policy A={self._named[name]}"
                     )
+                if stopped():
+                    return False
                 policies.append(self._proved(path, name))
+            if stopped():
+                return False
             if not policies:
                 raise StartupError(f"no policy in {self.folder}: put NAME.onnx there, or give --policy")
             _require_apart(policies)
@@ -81,16 +95,17 @@ class Library:
             for policy in policies:
                 self._say_live(policy)
             self.changed()
+            return True
 
-    def load(self, name: str) -> Policy:
+    def load(self, name: str, patience_s: float) -> Policy:
         """Load the file behind a name again, and go live with it unless the same version is.
 
         Raises:
             Rejected: NOT_FOUND for a name without a file; FAILED_PRECONDITION, with every reason, for a file that must
-                not serve, or a folder that cannot be read. What was live before stays. UNAVAILABLE before `open`.
+                not serve, or a folder that cannot be read. What was live before stays. UNAVAILABLE before `open`, and
+                where another change is not over within `patience_s`, or PATIENCE_S.
         """
-        self.registry.require_published()  # and not after a whole start, which holds the lock
-        with self._loading:
+        with self._changing(patience_s):
             files = self._named if name in self._named else self._in_folder()
             if name not in files:
                 expected = f"one of: {', '.join(sorted(files | self._named))}"
@@ -100,13 +115,12 @@ class Library:
             self.changed()
         return policy
 
-    def unload(self, name: str, version: str = "") -> None:
+    def unload(self, name: str, version: str, patience_s: float) -> None:
         """Take a version (empty: all) out of use, until it is asked for by `load` or its file changes.
 
-        Raises what Registry.remove raises, and UNAVAILABLE before `open`.
+        Raises what Registry.remove raises, and UNAVAILABLE as `load` does.
         """
-        self.registry.require_published()
-        with self._loading:
+        with self._changing(patience_s):
             try:
                 files = self._in_folder() | self._named
             except Rejected:
@@ -115,6 +129,18 @@ class Library:
                 if files is None or (name in files and has_sha256(files[name], policy.sha256)):
                     self._withdrawn[name] = policy.sha256
             self.changed()
+
+    @contextmanager
+    def _changing(self, patience_s: float) -> Iterator[None]:
+        """Alone, for a caller: it waits in a thread that robots' calls need, too."""
+        self.registry.require_published()  # and not after a whole start, which holds the lock
+        if not self._loading.acquire(timeout=min(patience_s, PATIENCE_S)):
+            expected, got = "no other change of policies under way", "one that takes its time"
+            raise Rejected("server", expected, got, "try again when it is over", Status.UNAVAILABLE)
+        try:
+            yield
+        finally:
+            self._loading.release()
 
     def refresh(self) -> list[str]:
         """Look at every file again: what is new or changed goes live, what vanished from the folder is unloaded. What

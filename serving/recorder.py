@@ -8,17 +8,16 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from google.protobuf.message import Message
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from serving.errors import StartupError
-from serving.flight import SUFFIX, FlightFile
+from serving.flight import SUFFIX, FlightFile, is_under_way
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +35,24 @@ _STAMP = "%Y%m%dT%H%M%S%f"
 _NAME = re.compile(rf"(\d{{8}}T\d{{12}})-(\d{{5,}}){re.escape(SUFFIX)}")
 
 
+class Acting(Protocol):
+    """A policy, as far as a recording tells of it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    def info(self) -> pb.PolicyInfo:
+        """Contract, provenance and proofs."""
+        ...
+
+
 class _Item(NamedTuple):
     kind: type[Message]
     fields: dict[str, Message | str]
+    policy: Acting | None
     time_ns: int
     size: int
 
@@ -61,17 +75,12 @@ class Recorder:
 
     A file ends with the message that fills it, so it is larger by a part of that one.
 
-    Args:
-        live: the policies that act, for the beginning of each file.
-
     Raises:
         StartupError: when the folder cannot be written.
     """
 
-    def __init__(
-        self, folder: Path, file_bytes: int, total_bytes: int, live: Callable[[], Iterable[pb.PolicyInfo]]
-    ) -> None:
-        self._folder, self._live = folder, live
+    def __init__(self, folder: Path, file_bytes: int, total_bytes: int) -> None:
+        self._folder = folder
         self._file_bytes, self._total_bytes = min(file_bytes, total_bytes), total_bytes
         self.recorded = self.dropped = 0
         self._queue: SimpleQueue[_Item | None] = SimpleQueue()
@@ -79,14 +88,16 @@ class Recorder:
         self._counting, self._closing = threading.Lock(), threading.Event()
         self._file: FlightFile | None = None
         self._blocked_until, self._failing = 0.0, False
-        self._infos: dict[tuple[str, str], pb.PolicyInfo] = {}
         self._described: set[tuple[str, str]] = set()
         require_folder(folder)
         self._thread = threading.Thread(target=self._write_all, name="recorder", daemon=True)
         self._thread.start()
 
-    def put(self, kind: type[Message], **fields: Message | str) -> None:
+    def put(self, kind: type[Message], policy: Acting | None = None, **fields: Message | str) -> None:
         """Hand over what makes a message of `kind`; none of it may change any more.
+
+        Args:
+            policy: what acts there. A file describes it before its first message, so that it can be read alone.
 
         The thread puts it together: to copy a frame takes 20 us, which a call would wait for.
         """
@@ -96,7 +107,7 @@ class Recorder:
                 self.dropped += 1
                 return
             self._waiting_bytes += size
-            self._queue.put(_Item(kind, fields, time.time_ns(), size))
+            self._queue.put(_Item(kind, fields, policy, time.time_ns(), size))
 
     def close(self, patience_s: float = 5.0) -> None:
         """Write what waits, and the file's index. What comes later is dropped."""
@@ -112,7 +123,7 @@ class Recorder:
     def _write_all(self) -> None:
         while (item := self._next()) is not None:
             try:
-                self._write(item.kind(**item.fields), item.time_ns)
+                self._write(item)
                 self.recorded += 1
                 self._say(None)
             except Exception as error:  # the disk's, as a rule; whatever it is, the next message may be fine
@@ -139,15 +150,17 @@ class Recorder:
             log.warning("recorder: writes again; %d messages have been dropped", self.dropped)
         self._failing = error is not None
 
-    def _write(self, message: Message, time_ns: int) -> None:
+    def _write(self, item: _Item) -> None:
+        policy, time_ns = item.policy, item.time_ns
         if self._file is None:
             if time.monotonic() < self._blocked_until:
                 raise OSError("waiting for room")
             self._blocked_until = time.monotonic() + TRY_AGAIN_S
             self._file = self._open(time_ns)
-        if isinstance(message, pb.FlightAction | pb.FlightStart):
-            self._describe(self._file, (message.response.policy, message.response.version), time_ns)
-        size = self._file.write(message, time_ns)
+        if policy is not None and (policy.name, policy.version) not in self._described:
+            self._file.write(pb.FlightPolicy(policy=policy.info()), time_ns)
+            self._described.add((policy.name, policy.version))
+        size = self._file.write(item.kind(**item.fields), time_ns)
         self._blocked_until = 0.0
         if size >= self._file_bytes or self._file.messages >= FILE_MESSAGES:
             self._close()
@@ -162,25 +175,14 @@ class Recorder:
             stamp, number = max(stamp, newest), int(count) + 1
         return FlightFile(self._folder / f"{stamp}-{number:05d}{SUFFIX}")
 
-    def _describe(self, file: FlightFile, key: tuple[str, str], time_ns: int) -> None:
-        """Once a file: contract and provenance of what acts, so that the file can be read alone.
-
-        An episode keeps a policy that is no longer live, so what was live before is remembered.
-        """
-        if key in self._described:
-            return
-        if key not in self._infos:
-            self._infos |= {(info.name, info.version): info for info in self._live()}
-        if key in self._infos:
-            file.write(pb.FlightPolicy(policy=self._infos[key]), time_ns)
-        self._described.add(key)
-
     def _make_room(self) -> None:
-        files = self._files()
-        sizes = [file.stat().st_size for file in files]
-        while files and sum(sizes) + self._file_bytes > self._total_bytes:
-            files.pop(0).unlink(missing_ok=True)
-            sizes.pop(0)
+        sizes = {file: file.stat().st_size for file in self._files()}
+        for file in list(sizes):
+            if sum(sizes.values()) + self._file_bytes <= self._total_bytes:
+                break
+            if not is_under_way(file):  # by another server, whose messages would go nowhere
+                file.unlink(missing_ok=True)
+                del sizes[file]
 
     def _files(self) -> list[Path]:
         """Oldest first; others' files are neither counted nor removed."""

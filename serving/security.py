@@ -184,13 +184,13 @@ class Certificates:
         """Raises StartupError when the files do not make a pair."""
         self._files = (cert, key, *([client_ca] if client_ca else []))
         self._client_ca, self._lock = client_ca, threading.Lock()
-        self._stamp: tuple[float, ...] = ()
+        self._refused = ""
         try:
+            self._stamp = self._stamps()  # before what they are of is read: a pair replaced meanwhile is another
             self._config = self._read()
         except (OSError, ssl.SSLError) as error:
             flags = f"--tls-cert {cert} and --tls-key {key}" + (f", --tls-client-ca {client_ca}" if client_ca else "")
             raise StartupError(f"{flags}: {error}") from error
-        self._stamp = self._stamps()
 
     def credentials(self) -> grpc.ServerCredentials:
         return grpc.dynamic_ssl_server_credentials(
@@ -203,10 +203,12 @@ class Certificates:
             try:
                 stamp = self._stamps()
                 if stamp != self._stamp:
-                    self._config, self._stamp = self._read(), stamp
+                    self._config, self._stamp, self._refused = self._read(), stamp, ""
                     log.info("certificates: read again")
             except (OSError, ssl.SSLError) as error:
-                log.error("certificates: the new files do not fit, the ones before stay: %s", error)
+                if str(error) != self._refused:  # once, not at each of the connections that somebody opens in vain
+                    log.error("certificates: the new files do not fit, the ones before stay: %s", error)
+                self._refused = str(error)
             return self._config
 
     def _read(self) -> Any:

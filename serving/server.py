@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -95,22 +96,24 @@ class Server:
         self.recorder: Recorder | None = None
         pool = _Workers(max(THREADS, 2 * (config.concurrency + config.queue)))
         self.answering = Answering(self.metrics, self.gate, OpenTelemetry() if config.trace else Tracer(), pool.arrival)
+        self._porter = Porter(
+            self.dispatcher,
+            self.gate,
+            self.answering,
+            checks=ThreadPoolExecutor(OTHER_THREADS),
+            streams=ThreadPoolExecutor(OTHER_THREADS),
+        )
         self._grpc = grpc.server(
             pool,
             interceptors=[
                 *([Doorman(self.gate, self.answering.refuse)] if config.tokens else []),
-                Porter(
-                    self.dispatcher,
-                    self.gate,
-                    self.answering,
-                    checks=ThreadPoolExecutor(OTHER_THREADS),
-                    streams=ThreadPoolExecutor(OTHER_THREADS),
-                ),
+                self._porter,
                 Parser(self.answering.refuse),
             ],
             options=[
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
                 ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+                ("grpc.max_concurrent_streams", MAX_CONCURRENT_CALLS // 2),  # one connection cannot have them all
                 ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
@@ -137,26 +140,24 @@ class Server:
         self._watch()
         if config.record:
             mib = 2**20
-            self.recorder = Recorder(
-                config.record, config.record_file_mib * mib, config.record_total_mib * mib,
-                lambda: [p.info() for p in self.registry],
-            )  # fmt: skip
+            self.recorder = Recorder(config.record, config.record_file_mib * mib, config.record_total_mib * mib)
         if config.metrics_port is not None:
             self.metrics_port = self.metrics.expose(config.metrics_port)
         self._grpc.start()
 
-    def load(self) -> None:
-        """Load, prove and warm up every policy, then go live with all of them."""
-        self.library.open(self.config.default_policy)
-        self._report(Health.SERVING)
+    def load(self) -> bool:
+        """Load, prove and warm up every policy, then go live with all of them; False: told to stop before that."""
+        live = self.library.open(self.config.default_policy, stopped=self.stopping.is_set)
+        if live:
+            self._report(Health.SERVING)
+        return live
 
-    def refresh(self) -> None:
-        """Look at policies and tokens again; what does not fit changes nothing."""
+    def reload_tokens(self) -> None:
+        """Look at the tokens again; a file that does not fit changes nothing."""
         try:
             self.gate.reload()
         except StartupError as error:
             log.error("tokens: the ones before stay: %s", error)
-        self.library.refresh()
 
     def stop(self) -> None:
         """Report NOT_SERVING, refuse what comes, and return when calls in flight have finished or the grace is over."""
@@ -167,6 +168,7 @@ class Server:
             # that callers are elsewhere by then.
             time.sleep(min(LAME_DUCK_S, self.config.grace_s))
         self._grpc.stop(self.config.grace_s).wait()
+        self._porter.close()
         answered = sum(n for (_, code), n in self.metrics.call_counts().items() if code == "OK")
         log.info(
             "stopped: %d calls answered, %d refused", answered, sum(self.metrics.call_counts().values()) - answered
@@ -247,20 +249,35 @@ def serve(config: Config) -> None:
     with Server(config) as server:
         refresh = threading.Event()
         listen(dict.fromkeys(STOPS, server.stopping) | {signal.SIGHUP: refresh})
-        server.load()
-        gc.collect()
-        gc.freeze()  # what a start leaves stays: to look through it again would stop every call for 26 to 52 ms
-        print(f"serving on {server.address}", flush=True)
-        threading.Thread(target=_refresh_when, args=(refresh, server), daemon=True).start()
-        server.stopping.wait()
+        if server.load():
+            gc.collect()
+            gc.freeze()  # what a start leaves stays: to look through it again would stop every call for 26 to 52 ms
+            print(f"serving on {server.address}", flush=True)
+            refresh_when(refresh, server)
+            server.stopping.wait()
         log.info("draining: no new calls, %g s for those in flight", config.grace_s)
 
 
-def _refresh_when(asked: threading.Event, server: Server) -> None:
-    while asked.wait():
-        asked.clear()
+def refresh_when(asked: threading.Event, server: Server) -> None:
+    """Look at tokens and policies again whenever `asked` is set, in threads of their own: policies that take long to
+    prove themselves must not keep a token from being revoked."""
+    policies = threading.Event()
+
+    def tokens() -> None:
         try:
-            server.refresh()
+            server.reload_tokens()
+        finally:
+            policies.set()
+
+    for event, action in ((asked, tokens), (policies, server.library.refresh)):
+        threading.Thread(target=_whenever, args=(event, action), name="refresh", daemon=True).start()
+
+
+def _whenever(event: threading.Event, action: Callable[[], object]) -> None:
+    while event.wait():
+        event.clear()
+        try:
+            action()
         except Exception:  # the next signal may revoke a token: whatever failed, it must be heard
             log.exception("SIGHUP: not all of it could be done; what was before stays")
 

@@ -71,6 +71,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
                 _require_mode(request.mode)
                 episode = self._sessions.get(request.episode_id)
                 episode.require_pinned(request)
+                _require_contract(request.contract_digest, episode.policy)  # of a repeated step, too
                 return episode.step(request, call.patience_s, lambda before: self._act(request, call, episode, before))
             if request.step:
                 raise Rejected("step", "0 outside an episode", str(request.step), "call StartEpisode first")
@@ -128,7 +129,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             _require_mode(request.mode)
             limits = self._limits.tightened(self._limits.fields, spec.action, refuse_wider=False)
             envelope = Envelope(spec, limits.tightened(request.limits, spec.action))
-            episode = self._sessions.start(policy, envelope, request.mode or pb.MODE_GREEDY, request.seed)
+            episode = self._sessions.start(call.client, policy, envelope, request.mode or pb.MODE_GREEDY, request.seed)
             in_force = envelope.limits.in_force(spec.action)
             response = pb.StartEpisodeResponse(
                 episode_id=episode.id,
@@ -137,14 +138,15 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
                 contract_digest=spec.digest,
                 limits={name: value for name, value in in_force.items() if math.isfinite(value)},
             )
-            self._record(pb.FlightStart, client=call.client, request=request, response=response)
+            self._record(pb.FlightStart, policy, client=call.client, request=request, response=response)
             return response
 
     def EndEpisode(self, request: pb.EndEpisodeRequest, context: grpc.ServicerContext) -> pb.EndEpisodeResponse:
         with self._answering("EndEpisode", context) as call:
             if request.outcome not in pb.EndEpisodeRequest.Outcome.values():
                 raise Rejected("outcome", "an Outcome", str(request.outcome))
-            response = pb.EndEpisodeResponse(steps=self._sessions.end(request.episode_id).steps)
+            # Behind a step under way: a recording whose end comes before its last step would have a gap.
+            response = pb.EndEpisodeResponse(steps=self._sessions.end(request.episode_id, call.patience_s))
             self._record(pb.FlightEnd, client=call.client, request=request, response=response)
             return response
 
@@ -194,9 +196,8 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         phases.seconds["queue"] += turn.queue_s
         phases.seconds["inference"] = turn.inference_s
         response = self._respond(task, turn.proposals[0], call)
-        self._record(
-            pb.FlightAction, request_id=call.request_id, client=call.client, request=request, response=response
-        )
+        said = {"request_id": call.request_id, "client": call.client}
+        self._record(pb.FlightAction, task.policy, **said, request=request, response=response)
         return response
 
     def _understand(
@@ -282,10 +283,10 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             self._envelopes[digest] = Envelope(policy.spec, self._limits)
         return self._envelopes[digest]
 
-    def _record(self, kind: type[Message], **fields: Message | str) -> None:
+    def _record(self, kind: type[Message], policy: Policy | None = None, **fields: Message | str) -> None:
         recorder = self._recorder()
         if recorder is not None:
-            recorder.put(kind, **fields)
+            recorder.put(kind, policy, **fields)
 
     def _stale(self, age_s: float) -> Rejected:
         expected = f"a frame younger than {self._valid_for_s * 1e3:g} ms when it is acted on"

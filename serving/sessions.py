@@ -3,7 +3,8 @@
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,8 @@ Answer = Callable[[NDArray[np.float32] | None], pb.GetActionResponse]
 """What is asked for a new step: given the action that was answered before, if any."""
 
 
+SPARED_S = 30.0
+"""An episode that had a call within this time is never forgotten to make room for another."""
 WAITING = 2
 """Calls of one episode that may wait for the one before, each with a thread of the server's: doubles of it, say."""
 
@@ -27,12 +30,14 @@ class Episode:
     """One run of a robot. `mode` and `seed` are those of StartEpisode; a mode left out there is greedy here."""
 
     id: str
+    client: str
     policy: Policy
     envelope: Envelope
     mode: pb.Mode
     seed: int
     touched: float = field(default_factory=time.monotonic)
     steps: int = 0
+    _ended: bool = False
     _last: tuple[pb.GetActionRequest, pb.GetActionResponse] | None = None
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _places: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1 + WAITING))
@@ -72,9 +77,9 @@ class Episode:
     def _in_turn(
         self, request: pb.GetActionRequest, patience_s: float, answer: Answer, remedy: str
     ) -> pb.GetActionResponse:
-        if not self._turn.acquire(timeout=patience_s):
-            raise Rejected("step", "the call before to be over", "none", remedy, Status.DEADLINE_EXCEEDED)
-        try:
+        with self._alone("step", patience_s, remedy):
+            if self._ended:  # while this call waited
+                raise _unknown(self.id, "it ended")
             self.touched = time.monotonic()
             if self._last is not None:
                 asked, answered = self._last
@@ -89,12 +94,32 @@ class Episode:
             self._last = request, response
             self.steps += 1
             return response
+
+    def end(self, patience_s: float) -> int:
+        """Take no more steps; returns how many there were, the one under way included.
+
+        Raises:
+            Rejected: DEADLINE_EXCEEDED when that takes longer than `patience_s`, and nothing has ended; NOT_FOUND where
+                it has ended before.
+        """
+        with self._alone("episode_id", patience_s, "try again"):
+            if self._ended:
+                raise _unknown(self.id, "it ended")
+            self._ended = True
+            return self.steps
+
+    @contextmanager
+    def _alone(self, field: str, patience_s: float, remedy: str) -> Iterator[None]:
+        if not self._turn.acquire(timeout=patience_s):
+            raise Rejected(field, "the call before to be over", "none", remedy, Status.DEADLINE_EXCEEDED)
+        try:
+            yield
         finally:
             self._turn.release()
 
 
 class Sessions:
-    """The open episodes: at most `limit`, each forgotten after `idle_s` without a call."""
+    """The open episodes: at most `limit`, each forgotten after `idle_s` without a call, or sooner to make room."""
 
     def __init__(self, limit: int, idle_s: float) -> None:
         self._limit, self._idle_s = limit, idle_s
@@ -106,11 +131,13 @@ class Sessions:
             self._forget_idle()
             return len(self._open)
 
-    def start(self, policy: Policy, envelope: Envelope, mode: pb.Mode, seed: int) -> Episode:
-        """Raises Rejected, RESOURCE_EXHAUSTED, when too many are open."""
-        episode = Episode(uuid.uuid4().hex, policy, envelope, mode, seed)
+    def start(self, client: str, policy: Policy, envelope: Envelope, mode: pb.Mode, seed: int) -> Episode:
+        """Raises Rejected, RESOURCE_EXHAUSTED, when too many are open, and each had a call within SPARED_S."""
+        episode = Episode(uuid.uuid4().hex, client, policy, envelope, mode, seed)
         with self._lock:
             self._forget_idle()
+            if len(self._open) >= self._limit:
+                self._make_room(client)
             if len(self._open) >= self._limit:
                 remedy = f"end episodes with EndEpisode; idle ones are forgotten after {self._idle_s:g} s"
                 got = f"{len(self._open)} open"
@@ -124,29 +151,42 @@ class Sessions:
         with self._lock:
             return self._require(episode_id)
 
-    def end(self, episode_id: str) -> Episode:
-        """Forget it. Raises Rejected, NOT_FOUND."""
+    def end(self, episode_id: str, patience_s: float) -> int:
+        """Forget it; returns how many steps it took. Raises Rejected, NOT_FOUND, and what Episode.end raises."""
+        steps = self.get(episode_id).end(patience_s)
         with self._lock:
-            episode = self._require(episode_id)
-            del self._open[episode_id]
-            return episode
+            self._open.pop(episode_id, None)
+        return steps
 
     def _require(self, episode_id: str) -> Episode:
         episode = self._open.get(episode_id)
         if episode is not None and time.monotonic() - episode.touched < self._idle_s:
             return episode
-        remedy = f"it ended, was idle for {self._idle_s:g} s, or the server was started again: call StartEpisode"
-        raise Rejected("episode_id", "an open episode", shown(episode_id), remedy, Status.NOT_FOUND)
+        why = f"it ended, was idle for {self._idle_s:g} s, made room for another, or the server was started again"
+        raise _unknown(episode_id, why)
+
+    def _make_room(self, client: str) -> None:
+        """A controller that starts an episode, dies and begins again must not lock out all others, itself included:
+        who has had no call for longest goes, the caller's own before another's."""
+        idle = [e for e in self._open.values() if time.monotonic() - e.touched >= SPARED_S]
+        if idle:
+            del self._open[min(idle, key=lambda e: (e.client != client, e.touched)).id]
 
     def _forget_idle(self) -> None:
         now = time.monotonic()
         self._open = {i: e for i, e in self._open.items() if now - e.touched < self._idle_s}
 
 
+def _unknown(episode_id: str, why: str) -> Rejected:
+    return Rejected(
+        "episode_id", "an open episode", shown(episode_id), f"{why}: call StartEpisode", Status.NOT_FOUND
+    )  # fmt: skip
+
+
 def _require_same(observation: pb.Observation, before: pb.Observation) -> None:
     """A retry may be older than the first try; all else that it shows must be the same."""
-    names = [f.name for f in pb.Observation.DESCRIPTOR.fields if f.name != "age_us"]
-    different = [name for name in names if getattr(observation, name) != getattr(before, name)]
+    now, then = ({field.name: value for field, value in o.ListFields()} for o in (observation, before))
+    different = sorted(name for name in (now.keys() | then.keys()) - {"age_us"} if now.get(name) != then.get(name))
     if different:
         raise Rejected(
             "step", "the same observation as the first time", f"another {', '.join(different)}",

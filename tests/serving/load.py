@@ -18,6 +18,10 @@ from serving.client import PolicyClient
 
 BETWEEN_CALLS_S = 0.005
 """Callers that wait for each answer ask for all there is, and on a busy machine one of them for more than its share."""
+DRAINED = {"OK", "UNAVAILABLE", "CANCELLED"}
+"""What callers may see of a drain. CANCELLED: met grpc's shutdown on its way, was never accepted."""
+SOAKED = {"OK", "cancelled", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
+"""And rude clients of a server that is all right."""
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
 
 

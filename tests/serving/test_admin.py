@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from types import SimpleNamespace
 
 import grpc
 import onnx
@@ -17,7 +18,7 @@ from serving.library import Library
 from serving.metrics import Metrics
 from serving.registry import Registry
 from serving.security import new_token
-from serving.server import _refresh_when
+from serving.server import refresh_when
 from tests.makers import tiny_policy_file
 from tests.serving.requests import acting, refusal
 
@@ -162,7 +163,7 @@ def test_a_bad_candidate_never_replaces_a_good_policy(operated, folder, candidat
     answer = running.stub.GetAction(acting(), metadata=token)
     candidate(folder / "door.onnx")
     if way == "refresh":
-        running.server.refresh()
+        running.server.library.refresh()
     else:
         code, parts = refusal(admin.LoadPolicy, pb.LoadPolicyRequest(name="door"), metadata=token)
         assert code == "FAILED_PRECONDITION"
@@ -200,10 +201,10 @@ def test_a_refresh_takes_up_new_files_and_drops_vanished_ones(operated, folder):
     shutil.copy(folder / "other.onnx", folder / "third.onnx")
     (folder / "other.onnx").unlink()
     (folder / "not a name!.onnx").write_bytes(b"")
-    running.server.refresh()
+    running.server.library.refresh()
     assert [p.name for p in running.server.registry] == ["door", "third"]
     missing(folder / "door.onnx")
-    running.server.refresh()
+    running.server.library.refresh()
     assert running.stub.GetAction(acting(), metadata=token).policy == "door"
 
 
@@ -213,14 +214,14 @@ def test_a_folder_that_is_away_takes_nothing_with_it(operated, folder):
     for comes_back_empty in (False, True):  # as the place does where a disk was mounted
         if comes_back_empty:
             folder.mkdir()
-        running.server.refresh()
+        running.server.library.refresh()
         assert [p.name for p in running.server.registry] == ["door", "other"]
     folder.rmdir()
     code, parts = refusal(admin.LoadPolicy, pb.LoadPolicyRequest(name="door"), metadata=token)
     assert (code, parts["field"]) == ("FAILED_PRECONDITION", "policies")
     admin.UnloadPolicy(pb.UnloadPolicyRequest(name="other"), metadata=token)
     away.rename(folder)
-    running.server.refresh()  # and nothing that was unloaded meanwhile comes back with it
+    running.server.library.refresh()  # and nothing that was unloaded meanwhile comes back with it
     assert [p.name for p in running.server.registry] == ["door"]
 
 
@@ -251,10 +252,10 @@ def test_what_was_unloaded_comes_back_when_asked_for_alone(operated, folder):
     bad = take_up(operated, folder, 1.5)
     admin.UnloadPolicy(pb.UnloadPolicyRequest(name="door", version=bad), metadata=token)
     admin.UnloadPolicy(pb.UnloadPolicyRequest(name="other"), metadata=token)
-    running.server.refresh()
+    running.server.library.refresh()
     assert [(p.name, p.version) for p in running.server.registry] == [("door", good)]
     tiny_policy_file(folder / "other.onnx", weight=2.5)
-    running.server.refresh()
+    running.server.library.refresh()
     assert [p.name for p in running.server.registry] == ["door", "other"]
     admin.LoadPolicy(pb.LoadPolicyRequest(name="door"), metadata=token)
     assert versions(running) == [good, bad]
@@ -267,7 +268,7 @@ def test_a_file_that_is_put_back_goes_live(operated, folder):
     second = take_up(operated, folder, 1.5)
     admin.UnloadPolicy(pb.UnloadPolicyRequest(name="door", version=first), metadata=token)
     tiny_policy_file(folder / "door.onnx", weight=1.0)
-    running.server.refresh()
+    running.server.library.refresh()
     assert versions(running) == [second, first]
 
 
@@ -293,29 +294,61 @@ def test_metrics_speak_of_live_policies_alone(operated, folder):
 
 def test_nothing_is_loaded_into_a_server_that_starts(tmp_path, folder):
     library = Library(Registry(), Metrics(), (), folder, 1, Limits())
-    for change in (library.load, library.unload):
+    for change in (lambda: library.load("other", 60.0), lambda: library.unload("other", "", 60.0)):
         with library._loading, pytest.raises(Rejected) as refused:  # as a start does, until all have proved themselves
-            change("other")
+            change()
         assert refused.value.status is Status.UNAVAILABLE
+    assert not list(library.registry)
+
+
+def test_a_change_does_not_wait_for_another_for_ever(operated, monkeypatch):
+    """In a thread that robots' calls need."""
+    running, admin, token = operated
+    monkeypatch.setattr("serving.library.PATIENCE_S", 0.2)
+    with running.server.library._loading:  # as while many files prove themselves
+        for method, asked in (("LoadPolicy", pb.LoadPolicyRequest), ("UnloadPolicy", pb.UnloadPolicyRequest)):
+            code, parts = refusal(getattr(admin, method), asked(name="other"), metadata=token, timeout=10)
+            assert (code, parts["expected"]) == ("UNAVAILABLE", "no other change of policies under way")
+    admin.LoadPolicy(pb.LoadPolicyRequest(name="other"), metadata=token)
+
+
+def test_a_start_that_is_told_to_stop_goes_live_with_nothing(folder):
+    library, asked = Library(Registry(), Metrics(), (), folder, 1, Limits()), []
+
+    def stopped():
+        asked.append(True)
+        return len(asked) > 1
+
+    assert library.open(stopped=stopped) is False
     assert not list(library.registry)
 
 
 def test_a_failure_does_not_make_the_server_deaf_to_the_next_signal():
     """Which may revoke a token."""
-    asked, heard, again = threading.Event(), [], threading.Event()
+    asked, heard, again = threading.Event(), [], threading.Semaphore(0)
 
-    class Failing:
-        def refresh(self):
-            heard.append(len(heard))
-            again.set()
-            raise TypeError("nobody foresaw that")
+    def fail(what):
+        heard.append(what)
+        again.release()
+        raise TypeError("nobody foresaw that")
 
-    threading.Thread(target=_refresh_when, args=(asked, Failing()), daemon=True).start()
+    library = SimpleNamespace(refresh=lambda: fail("policies"))
+    refresh_when(asked, SimpleNamespace(reload_tokens=lambda: fail("tokens"), library=library))
     for _ in range(2):
         asked.set()
-        assert again.wait(5)
-        again.clear()
-    assert heard == [0, 1]
+        assert again.acquire(timeout=5)
+        assert again.acquire(timeout=5)
+    assert heard == 2 * ["tokens", "policies"]
+
+
+def test_policies_that_take_long_do_not_keep_a_token_from_being_revoked():
+    asked, slow, revoked = threading.Event(), threading.Event(), threading.Semaphore(0)
+    library = SimpleNamespace(refresh=lambda: slow.wait(10))
+    refresh_when(asked, SimpleNamespace(reload_tokens=revoked.release, library=library))
+    for _ in range(2):
+        asked.set()
+        assert revoked.acquire(timeout=5)
+    slow.set()
 
 
 def test_drain_ends_the_server(operated):

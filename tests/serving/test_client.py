@@ -268,7 +268,7 @@ def test_an_episode_is_started_stepped_and_ended(serve, healthy, tmp_path):
 def test_an_episode_that_the_server_forgot_still_ends(running):
     with PolicyClient(running.server.address) as client, client.episode() as episode:
         episode.act(scene(0))
-        running.server.sessions.end(episode.id)
+        running.server.sessions.end(episode.id, 1.0)
         episode.succeeded(False)
 
 

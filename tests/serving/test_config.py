@@ -56,6 +56,17 @@ def test_the_environment_overrides_the_file_and_flags_override_both(file, given)
     assert (config.listen, config.policy, config.queue) == ("localhost:3", ("c.onnx",), 7)
 
 
+def test_a_switch_of_the_file_can_be_switched_off(file):
+    assert parse(["--config", file, "--no-insecure"], {}).insecure is False
+    assert parse(["--config", file], {"EQUISERVE_INSECURE": "false"}).insecure is False
+
+
+@pytest.mark.parametrize("text", ["1.10", "true", "007", "1e3", "[door]", '"quoted"'])
+def test_a_name_stays_a_name_where_it_looks_like_a_number(text):
+    config = parse(["--policy", "p.onnx"], {"EQUISERVE_DEFAULT_POLICY": text, "EQUISERVE_RECORD": text})
+    assert (config.default_policy, str(config.record)) == 2 * (text.strip('"'),)
+
+
 @pytest.mark.parametrize("name", ["RECORD", "POLICIES", "QUEUE", "TOKENS", "TLS_CLIENT_CA", "WORKSPACE", "LIMITS"])
 def test_an_empty_variable_is_refused_by_its_name(name):
     """As ${RECORD:-} of a compose file leaves it. A path would be the current folder; a server without tokens, open."""

@@ -220,14 +220,21 @@ def random_outputs_outside(count):
     outputs[special] = rng.choice(np.float32([np.nan, np.inf, -np.inf, 0, -0.0, 3e38, 1e-45]), special.sum())
     positions = rng.uniform(low, high, (count, 3))
     actions = np.empty_like(outputs)
-    silent = 0
+    silent = jumped = 0
     previous = None
     for i in range(count):
         if i % 50 == 0:
             previous = None
         decision = envelope.decide(outputs[i], pose=Pose(*positions[i], 0.0), previous=previous)
+        differs = decision.action != outputs[i]
+        changed = {f.name for f in ACTION.fields if differs[ACTION.slice_of(f.name)].any()}
+        silent += not changed <= {change.field for change in decision.interventions}
+        free = not decision.hold and not {"workspace", "z_floor"} & {change.rule for change in decision.interventions}
+        if previous is not None and free:  # to stay inside, and to stop, comes before to move smoothly
+            jump = decision.action.astype(float) - previous
+            within = np.linalg.norm(jump[1:4]) <= limits.jump_m + 1e-6 and abs(jump[4]) <= limits.jump_rad + 1e-6
+            jumped += not within
         actions[i] = previous = decision.action
-        silent += not decision.interventions and not np.array_equal(decision.action, outputs[i])
     exact, slack = actions.astype(float), 1 + 1e-6
     after = positions + exact[:, 1:4]
     within = (
@@ -239,7 +246,7 @@ def random_outputs_outside(count):
         & (after >= low - 1e-7).all(axis=1)
         & (after <= high + 1e-7).all(axis=1)
     )
-    return int((~within).sum()), silent
+    return int((~within).sum()) + jumped, silent
 
 
 @given(actions, inside)

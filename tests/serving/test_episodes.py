@@ -13,8 +13,8 @@ import pytest
 
 from protos.codec import unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
-from protos.errors import Rejected
-from protos.spaces import ACTION, SPEC
+from protos.errors import Rejected, Status
+from protos.spaces import ACTION, SPEC, Pose
 from serving.sessions import WAITING, Sessions
 from tests.makers import small_spec, tiny_policy_file
 from tests.serving.requests import acting, refusal
@@ -26,7 +26,7 @@ def episode(running):
     """(stub, id of a new episode)"""
     started = running.stub.StartEpisode(pb.StartEpisodeRequest())
     yield running.stub, started.episode_id
-    running.server.sessions.end(started.episode_id)
+    running.server.sessions.end(started.episode_id, 1.0)
 
 
 def test_an_episode_says_what_it_pinned(running):
@@ -63,6 +63,15 @@ def test_another_frame_under_the_same_step_is_refused(episode):
     code, parts = refusal(stub.GetAction, acting(2, episode_id=id_, step=5))
     assert (code, parts["field"]) == ("FAILED_PRECONDITION", "step")
     assert "depth" in parts["got"]
+
+
+def test_a_repeat_keeps_to_the_contract_and_shows_the_same_pose(episode):
+    stub, id_ = episode
+    stub.GetAction(acting(1, episode_id=id_, step=5))
+    code, parts = refusal(stub.GetAction, acting(1, episode_id=id_, step=5, contract_digest="another"))
+    assert (code, parts["field"]) == ("FAILED_PRECONDITION", "contract_digest")
+    code, parts = refusal(stub.GetAction, acting(1, episode_id=id_, step=5, pose=Pose(0, 0, 0, 0)))
+    assert (code, parts["field"], parts["got"]) == ("FAILED_PRECONDITION", "step", "another pose")
 
 
 def test_a_step_that_failed_was_not_taken(episode):
@@ -186,7 +195,7 @@ def test_an_episode_ends_once(running, outcome):
 def test_of_two_calls_that_end_an_episode_at_once_one_is_too_late(policy):
     """Or its end would be recorded twice."""
     sessions = Sessions(limit=1, idle_s=60.0)
-    episode = sessions.start(policy, None, 0, 0)
+    episode = sessions.start("arm", policy, None, 0, 0)
     both, lock = threading.Barrier(2), threading.Lock()
 
     class Slow:
@@ -204,12 +213,47 @@ def test_of_two_calls_that_end_an_episode_at_once_one_is_too_late(policy):
 
     def end(_):
         try:
-            return sessions.end(episode.id)
-        except Rejected:
-            return None
+            return sessions.end(episode.id, 5.0)
+        except Rejected as refused:
+            return refused.status
 
     with ThreadPoolExecutor(2) as pool:
-        assert sorted(map(bool, pool.map(end, range(2)))) == [False, True]
+        assert set(pool.map(end, range(2))) == {0, Status.NOT_FOUND}
+
+
+def test_an_end_waits_for_the_step_under_way(serve, healthy):
+    """Or a recording would have the end before the last step, and the episode would be taken for one with a gap."""
+    running = serve(policy=(str(healthy),))
+    id_ = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
+    episode, end = running.server.sessions.get(id_), pb.EndEpisodeRequest(episode_id=id_)
+    with episode._turn:  # as while the model is asked
+        with pytest.raises(grpc.RpcError) as too_long:
+            running.stub.EndEpisode(end, timeout=0.3)
+        assert too_long.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        ending = running.stub.EndEpisode.future(end, timeout=20)
+        with pytest.raises(grpc.FutureTimeoutError):
+            ending.result(0.2)
+        late = running.stub.GetAction.future(acting(1, episode_id=id_, step=2), timeout=20)
+        episode.steps += 1
+    assert ending.result().steps == 1 + (late.exception() is None)
+    assert refusal(running.stub.GetAction, acting(1, episode_id=id_, step=3))[0] == "NOT_FOUND"
+
+
+def test_who_starts_episodes_and_dies_locks_nobody_out(policy):
+    sessions = Sessions(limit=3, idle_s=600.0)
+    others, mine, more = (sessions.start(client, policy, None, 0, 0) for client in ("arm", "loop", "loop"))
+    with pytest.raises(Rejected) as refused:
+        sessions.start("loop", policy, None, 0, 0)
+    assert refused.value.status is Status.RESOURCE_EXHAUSTED
+    for episode, idle_s in ((others, 90.0), (mine, 60.0), (more, 40.0)):
+        episode.touched -= idle_s
+    sessions.start("loop", policy, None, 0, 0)  # its own comes before another's that was idle for longer
+    assert [sessions.get(e.id) for e in (others, more)] == [others, more]
+    with pytest.raises(Rejected, match="made room"):
+        sessions.get(mine.id)
+    sessions.start("new", policy, None, 0, 0)
+    with pytest.raises(Rejected, match="made room"):
+        sessions.get(others.id)
 
 
 def test_episodes_are_bounded_and_idle_ones_forgotten(serve, healthy):
@@ -257,17 +301,20 @@ def bad_network(running, policy, steps):
         nonlocal stale, doubled, swapped
         id_ = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
         newest, answers = -1, {}
-        for step in calls_on_a_bad_network(steps // 4, random.Random(seed)):
+        rng = random.Random(seed)
+        for step in calls_on_a_bad_network(steps // 4, rng):
             request = acting((step + seed) % scenes, episode_id=id_, step=step)
             if step < newest:
-                accepted = True
                 try:
                     running.stub.GetAction(request)
-                except Exception:
-                    accepted = False
-                with lock:
-                    stale += accepted
+                    with lock:
+                        stale += 1
+                except grpc.RpcError as refused:
+                    if refused.code() is not grpc.StatusCode.OUT_OF_RANGE:
+                        raise
                 continue
+            if step > newest and rng.random() < 0.01:  # its answer is lost, on the way or before there was one
+                running.stub.GetAction.future(request).cancel()
             answer = running.stub.GetAction(request)
             right = np.allclose(unpack_action(answer.raw_action, ACTION), expected[(step + seed) % scenes], atol=1e-6)
             with lock:

@@ -13,6 +13,7 @@ from protos.codec import pack_observation, unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.spaces import ACTION, Pose
 from tests.makers import UNHURRIED_MS, far_scene, scene, small_spec, tiny_policy_file
+from tests.serving.requests import acting, refusal
 
 FLOAT32, MILLIMETRES, UINT16 = pb.Observation.FLOAT32_METERS, pb.Observation.UINT16_MILLIMETERS, pb.Observation.UINT16
 SIZE = small_spec().observation.height
@@ -124,7 +125,7 @@ MALFORMED = {
         "observation.depth",
     ),
     "last pixel NaN": (request(observation_depth=pixels(np.nan, place=SIZE * SIZE - 1)), BAD, "observation.depth"),
-    "a denormal below zero": (request(observation_depth=pixels(-1e-3)), BAD, "observation.depth"),
+    "a denormal below zero": (request(observation_depth=pixels(-1e-45)), BAD, "observation.depth"),
     "the largest float": (request(observation_depth=pixels(3.4e38)), BAD, "observation.depth"),
     "the largest count": (request(**counts(1e-3, value=65535)), BAD, "observation.depth"),
 }
@@ -139,6 +140,8 @@ def test_malformed_requests_are_refused_by_name_and_never_reach_the_model(runnin
     assert refused.value.code().name == code
     assert refused.value.details().startswith(f"{field}: expected ")
     assert len(refused.value.details()) < 500
+    told, parts = refusal(running.stub.GetAction, message, timeout=5)
+    assert (told, parts["field"]) == (code, field)
     assert running.runs == runs
 
 
@@ -282,9 +285,9 @@ def test_workspace_needs_a_pose_and_shortens_the_motion(serve, healthy):
 
 
 @pytest.fixture
-def held(serve, healthy, monkeypatch):
+def held(serve, healthy, monkeypatch, request):
     """A server of one inference at a time that has begun and ends only when the event is set."""
-    running = serve(policy=(str(healthy),), concurrency=1, queue=QUEUE + 1)
+    running = serve(policy=(str(healthy),), concurrency=1, queue=QUEUE + 1, **getattr(request, "param", {}))
     release, asked = threading.Event(), threading.Event()
     session = running.sessions["tiny"]
     run = session.run
@@ -295,7 +298,7 @@ def held(serve, healthy, monkeypatch):
         return run(*args)
 
     monkeypatch.setattr(session, "run", wait_and_run)
-    first = running.stub.GetAction.future(request())
+    first = running.stub.GetAction.future(acting())
     assert asked.wait(5)
     yield running, first, release
     release.set()
@@ -332,6 +335,35 @@ def test_the_model_does_not_think_for_callers_who_left(held):
     assert patient.result().timing.queue_us > waited_us
     assert running.runs == 2
     assert running.server.dispatcher.expired == 1
+
+
+@pytest.mark.parametrize("held", [{"valid_for_ms": 500.0}], indirect=True)
+def test_a_frame_that_grows_too_old_in_the_line_never_reaches_the_model(held):
+    running, first, release = held
+    begun = time.monotonic()
+    code, parts = refusal(running.stub.GetAction, acting(2, age_us=200_000), timeout=10)
+    assert (code, parts["field"]) == ("OUT_OF_RANGE", "observation.age_us")
+    assert 0.25 < time.monotonic() - begun < 5  # it waited as long as it could, and no longer
+    release.set()
+    assert first.result()
+    assert (running.runs, running.server.dispatcher.expired) == (1, 1)
+
+
+@pytest.mark.parametrize("age_us", [0, 400_000])
+def test_a_message_that_comes_late_makes_its_frame_older(serve, healthy, age_us):
+    running = serve(policy=(str(healthy),), valid_for_ms=500.0)
+    path = "/equiserve.v1.PolicyService/GetAction"
+    method = running.channel.stream_unary(path, response_deserializer=pb.GetActionResponse.FromString)
+
+    def late():
+        time.sleep(0.15 if age_us else 0.0)
+        yield acting(1, age_us=age_us).SerializeToString()
+
+    if age_us:
+        code, parts = refusal(method, late(), timeout=10)
+        assert (code, parts["field"], running.runs) == ("OUT_OF_RANGE", "observation.age_us", 0)
+    else:
+        assert method(late(), timeout=10).valid_for_us == 500_000
 
 
 def test_a_refusal_and_an_answer_tell_their_request_id(running):

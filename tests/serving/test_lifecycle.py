@@ -1,5 +1,6 @@
 """Start and stop: nothing is served before it is proved, nothing is cut off that is under way."""
 
+import re
 import signal
 import socket
 import subprocess
@@ -14,9 +15,13 @@ from protos.codec import pack_observation
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from serving.errors import StartupError
+from serving.security import new_token
 from serving.server import SERVICES, Server
 from tests.makers import far_scene, scene, settings, tiny_policy_file
 from tests.serving.conftest import REPOSITORY, address_of
+from tests.serving.load import free_port
+from tests.serving.requests import acting
+from tests.serving.test_dispatcher import until
 
 Health = health_pb2.HealthCheckResponse
 
@@ -71,6 +76,47 @@ def test_a_signal_drains(launch, tmp_path, signum):
     assert process.wait(10) == 0
     _, errors = process.communicate()
     assert "Traceback" not in errors
+
+
+def test_a_signal_while_policies_prove_themselves_ends_the_start(launch, healthy):
+    address = f"localhost:{free_port()}"
+    many = [part for i in range(200) for part in ("--policy", f"p{i}={healthy}")]
+    process = launch(*many, "--listen", address)
+    while True:  # it listens as soon as it starts to load
+        try:
+            assert status_of(address) == Health.NOT_SERVING
+            break
+        except grpc.RpcError:
+            time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=10)
+    assert process.returncode == 0, errors
+    assert "serving on" not in out
+    assert "stopped: 0 calls answered" in errors
+
+
+def test_sighup_takes_up_policies_and_tokens(launch, tmp_path):
+    folder, tokens = tmp_path / "policies", tmp_path / "tokens"
+    folder.mkdir()
+    tiny_policy_file(folder / "door.onnx")
+    secrets = [new_token(name, ("act",), tokens) for name in ("first", "second")]
+    process = launch("--policies", folder, "--tokens", tokens, "--listen", "localhost:0")
+
+    with grpc.insecure_channel(address_of(process)) as channel:
+
+        def seen(secret):
+            try:
+                metadata = (("authorization", f"Bearer {secret}"),)
+                return pb_grpc.PolicyServiceStub(channel).GetAction(acting(), metadata=metadata, timeout=10).version
+            except grpc.RpcError as error:
+                return error.code().name
+
+        (before,) = {seen(secret) for secret in secrets}
+        tokens.write_text("".join(line for line in tokens.read_text().splitlines(True) if not line.startswith("first")))
+        tiny_policy_file(folder / "door.onnx", weight=1.5)
+        process.send_signal(signal.SIGHUP)
+        until(lambda: seen(secrets[0]) == "UNAUTHENTICATED" and seen(secrets[1]) != before)
+        assert re.fullmatch("[0-9a-f]{12}", seen(secrets[1]))
 
 
 LISTENER = """

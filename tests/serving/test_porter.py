@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack
 
 import grpc
 import pytest
@@ -126,6 +127,31 @@ def test_streams_that_stay_open_take_no_thread_from_who_acts(serve, healthy, met
         for call in calls:
             call.cancel()
         never.set()
+
+
+WATCH, CHECK = (f"/grpc.health.v1.Health/{method}" for method in ("Watch", "Check"))
+
+
+@pytest.mark.parametrize("method", [WATCH, REFLECT, CHECK, "GetAction"])
+def test_whose_message_does_not_come_is_cancelled_and_all_others_are_answered(serve, healthy, monkeypatch, method):
+    """More of them than threads, by several connections: nobody would be answered as long as they stay."""
+    monkeypatch.setattr("serving.porter.MESSAGE_S", 0.4)
+    running, never = serve(policy=(str(healthy),)), threading.Event()
+    with ExitStack() as stack:
+        idle = [stack.enter_context(connect(running.server.address)) for _ in range(5)]
+        calls = [
+            by_stream(one, method).future((b"" for _ in range(1) if never.wait(20)), timeout=20)
+            for one in idle
+            for _ in range(8)
+        ]
+        health = health_pb2_grpc.HealthStub(running.channel)
+        assert running.stub.GetAction(acting(1), timeout=10).version
+        assert health.Check(health_pb2.HealthCheckRequest(), timeout=10).status
+        assert next(health.Watch(health_pb2.HealthCheckRequest(), timeout=10)).status
+        until(lambda: all(call.done() for call in calls))
+        never.set()
+    assert {call.code() for call in calls} == {grpc.StatusCode.CANCELLED}
+    assert not running.server._porter._since
 
 
 def test_a_second_try_gets_its_answer_though_there_is_no_room(serve, healthy, monkeypatch):

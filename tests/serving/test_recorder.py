@@ -23,13 +23,14 @@ from tests.serving.conftest import address_of
 from tests.serving.requests import acting
 
 INFO = pb.PolicyInfo(name="tiny", version="0123456789ab", contract="{}")
+POLICY = SimpleNamespace(name=INFO.name, version=INFO.version, info=lambda: INFO)
 
 
 def put(recorder, number, size=0):
     """An action with a frame that does not compress."""
     request = pb.GetActionRequest(observation=pb.Observation(depth=np.random.default_rng(number).bytes(size)))
     response = pb.GetActionResponse(policy=INFO.name, version=INFO.version)
-    recorder.put(pb.FlightAction, request_id=str(number), request=request, response=response)
+    recorder.put(pb.FlightAction, POLICY, request_id=str(number), request=request, response=response)
 
 
 def messages_of(path, kind=None):
@@ -53,8 +54,8 @@ def record(tmp_path):
     """record(...) -> a Recorder into tmp_path, closed after the test."""
     made = []
 
-    def make(file_bytes=2**20, total_bytes=2**24, live=lambda: [INFO]):
-        made.append(Recorder(tmp_path, file_bytes, total_bytes, live))
+    def make(file_bytes=2**20, total_bytes=2**24):
+        made.append(Recorder(tmp_path, file_bytes, total_bytes))
         return made[-1]
 
     yield make
@@ -149,18 +150,31 @@ def test_files_end_before_their_index_takes_much_memory(record, tmp_path, monkey
     assert numbers_of(tmp_path) == list(range(7))
 
 
-def test_a_policy_that_an_episode_keeps_is_described_after_it_was_unloaded(record, tmp_path):
-    live = [INFO]
-    recorder = record(file_bytes=30_000, live=lambda: live)
-    recorder.put(pb.FlightStart, response=pb.StartEpisodeResponse(policy=INFO.name, version=INFO.version))
-    wait_until(lambda: recorder.recorded == 1)
-    live.clear()
+def test_every_file_describes_what_acts_in_it(record, tmp_path):
+    recorder = record(file_bytes=30_000)
     for number in range(10):
         put(recorder, number, 8192)
     recorder.close()
     assert len(files_of(tmp_path)) > 1
     for file in files_of(tmp_path):
         assert len(messages_of(file, pb.FlightPolicy)) == 1
+
+
+def test_two_recorders_in_a_folder_leave_each_other_s_open_file(record, tmp_path):
+    """As while one server takes over from another: what went into an unlinked file would be counted, and lost."""
+    quiet, busy = record(file_bytes=30_000, total_bytes=60_000), record(file_bytes=30_000, total_bytes=60_000)
+    put(quiet, 0)
+    wait_until(lambda: quiet.recorded == 1)
+    for number in range(100, 130):
+        put(busy, number, 8192)
+    busy.close()
+    put(quiet, 1)
+    quiet.close()
+    assert [n for n in numbers_of(tmp_path) if n < 100] == [0, 1]
+    assert len(files_of(tmp_path)) <= 3
+    put(again := record(file_bytes=30_000, total_bytes=60_000), 200)  # nobody writes them any more
+    again.close()
+    assert [n for n in numbers_of(tmp_path) if n < 100] == []
 
 
 def test_a_restart_goes_on_in_the_same_folder(record, tmp_path):
@@ -216,17 +230,10 @@ def test_a_full_disk_costs_messages_and_nothing_else(record, tmp_path, monkeypat
 def test_what_cannot_be_written_is_dropped_and_the_next_is_written(record, tmp_path, monkeypatch, caplog):
     """Its thread must not die of one message, and record nothing from then on."""
     monkeypatch.setattr(recorder_module, "TRY_AGAIN_S", 0.0)
-    answers = [ValueError("value out of range"), [INFO]]
-
-    def live():
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    recorder = record(live=live)
-    for number in (1, 2):
-        put(recorder, number)
+    recorder = record()
+    no_policy = SimpleNamespace(name="tiny", version="", info=mock.Mock(side_effect=ValueError("value out of range")))
+    recorder.put(pb.FlightAction, no_policy, request_id="1")
+    put(recorder, 2)
     recorder.close()
     assert (recorder.recorded, recorder.dropped) == (1, 1)
     assert numbers_of(tmp_path) == [2]
@@ -308,7 +315,7 @@ def test_what_does_not_fit_is_dropped_and_counted_and_nobody_waits(record, tmp_p
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StartupError, match="--record"):
-        Recorder(tmp_path / "file", 1, 1, lambda: [])
+        Recorder(tmp_path / "file", 1, 1)
 
 
 def test_after_kill_9_all_that_was_whole_is_read(launch, healthy, tmp_path):

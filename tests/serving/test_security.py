@@ -188,10 +188,10 @@ def test_tokens_come_and_go_with_a_refresh(serve, healthy, tmp_path):
     second = new_token("second", ("act",), file)
     assert (code(first), code(second)) == ("OK", "UNAUTHENTICATED")
     file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith("first")))
-    running.server.refresh()
+    running.server.reload_tokens()
     assert (code(first), code(second)) == ("UNAUTHENTICATED", "OK")
     file.write_text("half a li")
-    running.server.refresh()
+    running.server.reload_tokens()
     assert (code(first), code(second)) == ("UNAUTHENTICATED", "OK")
 
 
@@ -273,7 +273,7 @@ def served_certificate(address):
     return ssl.get_server_certificate((host, int(port)))
 
 
-def test_certificates_are_replaced_without_a_restart(healthy, pki, tmp_path):
+def test_certificates_are_replaced_without_a_restart(healthy, pki, tmp_path, caplog):
     cert, key = tmp_path / "server.pem", tmp_path / "server.key"
 
     def put(side, *files):
@@ -291,10 +291,36 @@ def test_certificates_are_replaced_without_a_restart(healthy, pki, tmp_path):
             stub = pb_grpc.PolicyServiceStub(lasting)
             stub.GetAction(acting(1), timeout=5)
             put("theirs", "pem")  # half replaced
-            assert served_certificate(server.address) == pem("ours")
+            for _ in range(3):
+                assert served_certificate(server.address) == pem("ours")
+            assert caplog.text.count("do not fit") == 1
             put("theirs", "key")
             assert served_certificate(server.address) == pem("theirs")
             stub.GetAction(acting(2), timeout=5)
+
+
+def test_the_clients_authority_is_replaced_without_a_restart(healthy, pki, tmp_path):
+    """Else nobody whose certificate was signed by the old one could be kept out."""
+    authority = tmp_path / "ca.pem"
+
+    def put(side):
+        authority.write_bytes((pki / side / "ca.pem").read_bytes())
+
+    put("ours")
+    with Server(settings(healthy, **server_flags(pki, "TLS"), tls_client_ca=authority)) as server:
+        server.load()
+
+        def codes():
+            found = []
+            for how in ("mTLS", "mTLS, another authority's"):
+                with channel_to(server.address, pki, how) as channel:
+                    stub = pb_grpc.PolicyServiceStub(channel)
+                    found.append(code_of(lambda stub=stub: stub.GetAction(acting(1), timeout=5)))
+            return found
+
+        assert codes() == ["OK", "UNAVAILABLE"]
+        put("theirs")
+        assert codes() == ["UNAVAILABLE", "OK"]
 
 
 @pytest.mark.parametrize(

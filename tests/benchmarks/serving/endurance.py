@@ -18,7 +18,7 @@ from serving.security import new_token
 from tests.benchmarks.serving.measure import REPOSITORY, Row, served
 from tests.makers import tiny_policy_file
 from tests.serving.conftest import start
-from tests.serving.load import Vitals, connect, drained, rude_client
+from tests.serving.load import DRAINED, SOAKED, Vitals, connect, drained, rude_client
 from tests.serving.test_admin import reloads_under_load
 from tests.serving.test_envelope import random_outputs_outside
 from tests.serving.test_episodes import bad_network
@@ -106,7 +106,7 @@ def drains(policy: Path, scratch: Path, count: int = 20) -> list[Row]:
         with served_to_end(policy) as (process, address):
             status, codes, answered = drained(process, address, before_s=random.uniform(0.3, 0.8))
         seen += codes
-        good += status == 0 and codes["OK"] == answered > 0
+        good += status == 0 and codes["OK"] == answered > 0 and set(codes) <= DRAINED
     told = ", ".join(f"{code} {n}" for code, n in seen.most_common())
     return [
         Row(
@@ -186,6 +186,6 @@ def soak(policy: Path, scratch: Path, minutes: float = SOAK_MINUTES, warm: float
             f"client killed every {KILL_EACH_S:g} s: RSS slope <= 1 MiB/h, threads and descriptors flat",
             f"{slope:+.1f} MiB/h at {rss[-1]:.0f} MiB; threads {threads_seen.min():.0f} to {threads_seen.max():.0f}, "
             f"descriptors {descriptors.min():.0f} to {descriptors.max():.0f}; {told}",
-            slope <= 1 and flat,
+            slope <= 1 and flat and set(seen) <= SOAKED,
         )
     ]

@@ -34,7 +34,7 @@ class Clutter:
             except RuntimeError:
                 continue  # a full table: this one stays away
             taken.append((spot, RADIUS_M))
-            body.place(spot, rng.uniform(-math.pi, math.pi))
+            body.place(spot, rng.uniform(-math.pi, math.pi) + turn)
 
 
 def _is_free(spot: Point, taken: list[tuple[Point, float]]) -> bool:

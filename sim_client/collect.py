@@ -67,8 +67,9 @@ class Collect:
     noise: float | None = None
     """How much the noisy expert's hand shakes, in units of each motion's bound."""
     target_success: float | None = None
-    """Choose the noise for this success rate instead: 0.4 means the same quality of data on every task. Finding it
-    takes 600 episodes, some minutes, whatever is recorded then; the data's notes have it, for --noise."""
+    """Choose the noise for this success rate instead, of the noisy expert's own episodes: 0.4 means the same quality of
+    data on every task. Finding it takes 600 episodes, some minutes, whatever is recorded then; the data's notes have
+    it, for --noise."""
     workers: int = 1
     """Processes that record."""
     world: Annotated[World, tyro.conf.arg(name="")] = field(default_factory=World)
@@ -129,6 +130,7 @@ def record(config: Collect, partial: Partial, noise: float) -> Iterator[Episode]
                 partial.reject(index, episode)
                 failures += 1
                 if failures == HOPELESS:
+                    endless.close()  # type: ignore[attr-defined]  # workers would write into it again
                     if not done:
                         partial.remove()  # so that another behaviour may have the place
                     raise ValueError(

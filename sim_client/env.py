@@ -19,6 +19,8 @@ from sim_client.spectator import Spectator
 from sim_client.store import action_space, observation_space
 from sim_client.tasks import Task, maker
 
+CLOSED = -1
+"""No client of PyBullet's."""
 Obs = dict[str, NDArray[Any]]
 ViewName = Literal["topdown", "side"]
 
@@ -141,8 +143,9 @@ class TabletopEnv(gymnasium.Env[Obs, NDArray[np.float32]]):
 
     def close(self) -> None:
         self._close_spectator()
-        if p.isConnected(self._client):
-            p.disconnect(self._client)
+        client, self._client = self._client, CLOSED  # PyBullet gives a number again: it would be another's
+        if client != CLOSED and p.isConnected(client):
+            p.disconnect(client)
 
     def _close_spectator(self) -> None:
         if self._spectator is not None:

@@ -16,7 +16,6 @@ import gymnasium as gym
 import numpy as np
 import tyro
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 from protos.errors import Rejected
@@ -26,6 +25,7 @@ from serving.client import Connection, PolicyClient, PolicyError
 from sim_client import TaskName
 from sim_client.env import Obs, observation_of
 from sim_client.episodes import Episode
+from sim_client.interval import wilson
 from sim_client.rollout import rollout
 from sim_client.seeds import EVALUATED, EVALUATED_PER_SEED
 from sim_client.world import World, unwrapped
@@ -172,7 +172,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
 def _report(config: Evaluate, policy: Any, episodes: list[Outcome], robot: Robot, seconds: float) -> dict[str, Any]:
     successes = sum(e.success for e in episodes)
     steps = sum(e.steps for e in episodes)
-    interval = binomtest(successes, len(episodes)).proportion_ci(0.95, method="wilson")
+    interval = wilson(successes, len(episodes))
     return {
         "task": config.task,
         "seed": config.seed,
@@ -180,8 +180,8 @@ def _report(config: Evaluate, policy: Any, episodes: list[Outcome], robot: Robot
         "episodes": len(episodes),
         "successes": successes,
         "success_rate": successes / len(episodes),
-        "wilson_low": float(interval.low),
-        "wilson_high": float(interval.high),
+        "wilson_low": interval.low,
+        "wilson_high": interval.high,
         "latency_ms": {f"p{q}": float(np.percentile(robot.latency_ms, q)) for q in (50, 95, 99)},
         "control_steps": steps,
         "control_steps_per_s": steps / seconds,

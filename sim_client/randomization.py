@@ -30,7 +30,7 @@ class Randomization:
     camera_error_m: float = 0.0
     """Standard deviation per axis of where the camera really is."""
     camera_error_rad: float = 0.0
-    """Standard deviation of the camera's heading."""
+    """Standard deviation of the camera's heading; the side view's camera goes around the workspace by it."""
     distractors: int = 0
     """Small things on the table that have nothing to do with the task."""
 
@@ -58,13 +58,14 @@ class Randomization:
         self, depth: NDArray[np.float32], view: ObservationSpec, rng: np.random.Generator
     ) -> NDArray[np.float32]:
         """A depth image as a real camera would have taken it: float32 [H, W], metres, within the spec's range."""
+        edge = np.hypot(*np.gradient(depth)) > 0.01  # before there is noise, which has edges everywhere
         if self.depth_noise_m:
             spread = self.depth_noise_m * (depth / 0.5) ** 2
             depth = depth + (spread * rng.standard_normal(depth.shape)).astype(np.float32)
         if self.missing_pixels:
-            edge = np.hypot(*np.gradient(depth)) > 0.01
-            odds = np.where(edge, 10.0, 1.0)
-            lost = rng.uniform(size=depth.shape) < self.missing_pixels * odds / odds.mean()
+            along = min(1.0, 10 * self.missing_pixels / np.where(edge, 10.0, 1.0).mean())
+            elsewhere = (self.missing_pixels - along * edge.mean()) / max(1 - edge.mean(), 1e-6)
+            lost = rng.uniform(size=depth.shape) < np.where(edge, along, elsewhere)
             depth = np.where(lost, np.float32(view.depth_min_m), depth)
         return np.clip(depth, view.depth_min_m, view.depth_max_m).astype(np.float32)
 

@@ -1,7 +1,9 @@
 """Episodes on disk: the one place that knows how a Minari dataset of ours is written and read. Needs no PyBullet."""
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from protos.errors import Rejected
 from protos.spaces import ActionSpec, ObservationSpec, PolicySpec
 from sim_client.episodes import Episode, check
 
+UNREADABLE = frozenset((errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EMFILE, errno.ENFILE))
 COMPRESS_FROM_BYTES = 1024
 """Arrays with larger frames are compressed, a frame to a chunk."""
 
@@ -53,7 +56,7 @@ def write(path: Path, episodes: Iterable[Episode], about: About) -> None:
     Raises:
         FileExistsError: `path` exists.
         Rejected: naming the episode, step and field that do not fit `about.spec`.
-        OSError: the disk is full, or not ours to write on; `path` is not made.
+        OSError: the disk is full, or will be, or is not ours to write on; `path` is not made.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists already: choose another place or remove it first")
@@ -64,7 +67,10 @@ def write(path: Path, episodes: Iterable[Episode], about: About) -> None:
         _write_minari(whole / "data", episodes, about)
         _compress(whole / "data" / "main_data.hdf5")
         whole.chmod(0o755)  # mkdtemp's own are private
+        for written in (*(whole / "data").iterdir(), whole / "data", whole):
+            _sync(written)  # who wrote the episodes elsewhere before removes them there next
         whole.rename(path)
+        _sync(path.parent)
 
 
 def _write_minari(folder: Path, episodes: Iterable[Episode], about: About) -> None:
@@ -152,7 +158,10 @@ def action_space(spec: ActionSpec) -> Box:
 
 def _compress(path: Path) -> None:
     """Rewrite an HDF5 file with its images compressed without loss. Minari itself writes them raw."""
-    packed = path.with_suffix(".packed")
+    packed, needed = path.with_suffix(".packed"), path.stat().st_size
+    if (room := shutil.disk_usage(path.parent).free) < needed:  # HDF5 does not survive a disk that fills up meanwhile
+        told = f"{needed / 2**20:.0f} MiB are needed to compress the data, {room / 2**20:.0f} are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {told}", str(path.parent))
     with h5py.File(path, "r") as source, h5py.File(packed, "w", track_order=True) as target:
 
         def copy(name: str, node: Any) -> None:
@@ -170,8 +179,14 @@ def _compress(path: Path) -> None:
         source.visititems(copy)
         target.attrs.update(source.attrs)
     packed.replace(path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_about(path: Path) -> About:
@@ -192,7 +207,7 @@ def read_about(path: Path) -> About:
             notes=notes,
         )
     except Rejected as error:
-        raise Rejected(f"{path}, metadata.{error.field}", error.expected, error.got, error.remedy) from error
+        raise error.within(f"{path}, metadata.") from error
 
 
 def read(path: Path) -> Iterator[Episode]:
@@ -210,9 +225,10 @@ def read(path: Path) -> Iterator[Episode]:
             try:
                 yield _parse(raw, told, spec, f"episode {index}")
             except Rejected as error:
-                raise Rejected(f"{path}, {error.field}", error.expected, error.got, error.remedy) from error
+                raise error.within(f"{path}, ") from error
             index += 1
     except (OSError, KeyError, RuntimeError, AttributeError, AssertionError, TypeError) as error:
+        _raise_if_unreadable(error)
         # What h5py and Minari say of a file that is cut short, or lacks or misnames a group.
         got = f"{type(error).__name__}: {error}"
         remedy = "copy or collect it again"
@@ -240,9 +256,16 @@ def _open(path: Path) -> Any:
     try:
         return minari.MinariDataset(folder)
     except (ValueError, OSError, KeyError, TypeError, AssertionError, AttributeError, ImportError, GymError) as error:
+        _raise_if_unreadable(error)
         raise Rejected(
             str(path), "a Minari dataset", f"{type(error).__name__}: {error}", "collect or import it again"
         ) from error
+
+
+def _raise_if_unreadable(error: Exception) -> None:
+    """That a file may not be read now says nothing of what it holds."""
+    if getattr(error, "errno", None) in UNREADABLE:
+        raise error
 
 
 def _contract(metadata: dict[str, Any], path: Path) -> PolicySpec:
@@ -251,7 +274,7 @@ def _contract(metadata: dict[str, Any], path: Path) -> PolicySpec:
     try:
         spec = PolicySpec.from_json(metadata["contract"])
     except Rejected as error:
-        raise Rejected(f"{path}, metadata.{error.field}", error.expected, error.got, error.remedy) from error
+        raise error.within(f"{path}, metadata.") from error
     if metadata.get("contract_digest") != spec.digest:
         raise Rejected(f"{path}, metadata.contract_digest", spec.digest, str(metadata.get("contract_digest")))
     return spec

@@ -15,12 +15,12 @@ import matplotlib
 import numpy as np
 import tyro
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 from protos.files import write_atomically
 from sim_client import ENV_IDS, MAX_STEPS, TaskName
 from sim_client.env import Obs
+from sim_client.interval import wilson
 from sim_client.look import save
 from sim_client.rollout import rollout
 from sim_client.seeds import SURVEYED
@@ -49,6 +49,10 @@ class Survey:
     """Which ones."""
     workers: int = 1
     """Tasks measured at once, a core for each; speeds are per core, and those of a busy machine."""
+
+    def __post_init__(self) -> None:
+        if min(self.episodes, self.workers, len(self.tasks)) < 1:
+            raise ValueError("--episodes and --workers must be at least 1, and --tasks name one")
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ def picture(task: TaskName, path: Path) -> None:
 def page(config: Survey, results: Iterable[Measured]) -> str:
     """The page, Markdown."""
     results = list(results)
+    some = f"--tasks {' '.join(config.tasks)} " if config.tasks != get_args(TaskName) else ""
     lines = [
         "# The tasks",
         "",
@@ -135,7 +140,7 @@ def page(config: Survey, results: Iterable[Measured]) -> str:
         f"{MAX_STEPS} steps, reward 1 at success, which ends the episode. Everything on this page was made by",
         "",
         f"    python -m sim_client.survey --episodes {config.episodes} --workers {config.workers} "
-        f"--output {config.output.as_posix()}",
+        f"{some}--output {config.output.as_posix()}",
         "",
         f"Expert: the scripted expert over {config.episodes} seeded episodes, with the 95 % Wilson interval. Worst "
         "side: its success in the worst of eight 45-degree sectors of the scene's initial orientation, and how far "
@@ -147,7 +152,7 @@ def page(config: Survey, results: Iterable[Measured]) -> str:
     ]
     for each in results:
         wins, worst = int(each.success.sum()), each.worst_sector()
-        interval = binomtest(wins, len(each.success)).proportion_ci(0.95, method="wilson")
+        interval = wilson(wins, len(each.success))
         lines.append(
             f"| {each.task} | `{ENV_IDS[each.task]}` | {wins / len(each.success):.1%} "
             f"({interval.low:.1%} to {interval.high:.1%}) | {worst[0]:.1%} ({100 * worst[1]:.1f} points below) | "

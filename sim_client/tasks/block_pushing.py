@@ -1,4 +1,4 @@
-"""Block pushing: shove the block against the middle of a bumper. Nothing may be grasped that is wider than the gripper.
+"""Block pushing: shove the block against the middle of a bumper. It must lie there, not hang.
 
 In its twin block_pushing_tilted the table leans, by `strength`: gravity then has a direction in the plane, which no
 turn of the scene turns.

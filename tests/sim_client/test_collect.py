@@ -83,9 +83,17 @@ def test_failures_can_be_left_out(tmp_path: Path) -> None:
     assert len(won) == 3
 
 
-def test_a_behavior_that_never_succeeds_comes_to_an_end_and_fills_no_disk(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_behavior_that_never_succeeds_comes_to_an_end_and_fills_no_disk(workers, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("sim_client.collect.HOPELESS", 3)
-    asked = Collect(output=tmp_path / "none", behavior="random", task="block_picking", episodes=1, keep_failures=False)
+    asked = Collect(
+        output=tmp_path / "none",
+        behavior="random",
+        task="block_picking",
+        episodes=1,
+        keep_failures=False,
+        workers=workers,
+    )
     with pytest.raises(ValueError, match="--behavior random: 3 episodes in a row failed"):
         collect(asked)
     assert list(tmp_path.iterdir()) == []  # another behaviour may have the place

@@ -1,5 +1,6 @@
 """Datasets on disk: every value survives, whole or not at all, smaller than raw; Minari opens and extends them."""
 
+import errno
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,28 @@ def test_a_writer_that_dies_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space"):
         write(tmp_path / "d", dying(), ABOUT)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_for_the_compressed_copy_is_told_before_it_is_full(tmp_path, monkeypatch) -> None:
+    """HDF5 ends the process where a disk fills up while it compresses."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=10_000))
+    with pytest.raises(OSError, match=r"No space left on device: \d+ MiB are needed") as full:
+        write(tmp_path / "d", [made(0)], ABOUT)
+    assert full.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EAGAIN])
+def test_what_may_not_be_read_now_is_not_called_damaged(number: int, tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path / "d", [made(0)], ABOUT)
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, "not now")
+
+    monkeypatch.setattr("minari.MinariDataset", refuse)
+    with pytest.raises(OSError, match="not now"):
+        list(read(tmp_path / "d"))
 
 
 def test_a_dataset_may_move(tmp_path: Path) -> None:

@@ -236,6 +236,16 @@ def test_the_side_view_has_colour_and_another_contract() -> None:
     env.close()
 
 
+def test_closing_twice_closes_nothing_else() -> None:
+    """PyBullet gives a client's number to the next."""
+    one = TabletopEnv("block_picking")
+    one.close()
+    other = TabletopEnv("block_picking")
+    one.close()
+    other.reset(seed=1)
+    other.close()
+
+
 def test_vector_environments_work() -> None:
     make = [lambda: gymnasium.make(ENV_IDS["block_picking"]) for _ in range(2)]
     envs = SyncVectorEnv(make, autoreset_mode=AutoresetMode.DISABLED)

@@ -200,18 +200,19 @@ class Split:
 
 
 def draw(successes: list[bool], share: float, seed: int) -> list[bool]:
-    """Which episodes belong to the first part: `share` of the successes and of the failures, rounded.
+    """Which episodes belong to the first part: `share` of the successes and of the failures, rounded, but of two or
+    more at least one in each part.
 
     Raises Rejected when a part would be empty.
     """
+    of = {outcome: [i for i, success in enumerate(successes) if success is outcome] for outcome in (True, False)}
+    counts = {outcome: round(share * len(indices)) for outcome, indices in of.items()}
+    if (first := sum(counts.values())) in (0, len(successes)):
+        raise Rejected("--share", "at least one episode in each part", f"{first} of {len(successes)} in the first")
     generator, chosen = random.Random(seed), set[int]()
-    for outcome in (True, False):
-        indices = [i for i, success in enumerate(successes) if success is outcome]
-        chosen |= set(generator.sample(indices, round(share * len(indices))))
-    if len(chosen) in (0, len(successes)):
-        raise Rejected(
-            "--share", "at least one episode in each part", f"{len(chosen)} of {len(successes)} in the first"
-        )
+    for outcome, indices in of.items():
+        count = min(max(counts[outcome], 1), len(indices) - 1) if len(indices) > 1 else counts[outcome]
+        chosen |= set(generator.sample(indices, count))
     return [i in chosen for i in range(len(successes))]
 
 

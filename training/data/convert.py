@@ -93,7 +93,7 @@ def _checked(path: Path, episodes: Iterable[Raw], about: About, geometry: Geomet
         try:
             episode = geometry.episode(raw) if geometry else own(raw)
         except Rejected as error:
-            raise Rejected(f"{where}, {error.field}", error.expected, error.got, error.remedy) from error
+            raise error.within(f"{where}, ") from error
         if len(raw.action) == 1 and not len(episode):
             log.warning("%s: left out: its only action failed, and no frame shows what came of it", where)
             continue

@@ -105,7 +105,10 @@ def load(
             origin += [(number, step) for step in range(len(episode))]
     if not episodes:
         kind = "successful episodes" if successful_only else "episodes"
-        raise Rejected(str(path), f"at least one of its {kind}", "none", "collect more, or use --algo iql")
+        remedy = "collect more"
+        if successful_only:
+            remedy += "; or --failures keep, to learn from all of them, as where nobody recorded rewards"
+        raise Rejected(str(path), f"at least one of its {kind}", "none", remedy)
     starts = np.cumsum([0] + [len(e.depth) for e in episodes[:-1]])
 
     def tensor(name: str) -> Tensor:

@@ -23,6 +23,8 @@ class Geometry:
     """What the source calls depth, gripper, action, reward and done, where it has names of its own."""
     depth_slope: float
     depth_offset_m: float
+    depth_missing: float | None
+    """Of a pixel without depth; it becomes the contract's smallest, as in the simulator."""
     gripper_zero: float
     gripper_one: float
     columns: tuple[tuple[int, float, float], ...]
@@ -44,9 +46,12 @@ class Geometry:
         if gripper.shape[1] != 1:
             raise Rejected("gripper", "one number per frame", f"{gripper.shape[1]} of them")
         action, view = _numbers("action", raw.action), self.spec.observation
+        metres = self.depth_slope * depth + self.depth_offset_m
+        if self.depth_missing is not None:
+            metres[np.isclose(depth, self.depth_missing, rtol=0, atol=0, equal_nan=True)] = view.depth_min_m
         opened = (gripper - self.gripper_zero) / (self.gripper_one - self.gripper_zero)
         episode = Episode(
-            depth=_rounded(self.depth_slope * depth + self.depth_offset_m, view.depth_min_m, view.depth_max_m),
+            depth=_rounded(metres, view.depth_min_m, view.depth_max_m),
             gripper=_rounded(opened, 0.0, 1.0),
             action=self._action(action),
             reward=np.zeros(len(action), np.float32),

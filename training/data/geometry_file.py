@@ -31,8 +31,8 @@ class Key:
 NUMBER = (int, float)
 KEYS = {
     "task": Key("what the robot does, as the dataset is to call it", '"drawer_opening"', str),
-    "source.depth": Key("the source's name for depth images", '"agentview_depth"', str, default=None),
-    "source.gripper": Key("the source's name for the gripper's state", '"gripper_qpos"', str, default=None),
+    "source.depth": Key("the source's name for depth images", '"birdview_depth"', str, default=None),
+    "source.gripper": Key("the source's name for the gripper's state", '"gripper_state"', str, default=None),
     "source.action": Key("the source's name for actions", '"actions"', str, default=None),
     "source.reward": Key("the source's name for rewards", '"rewards"', str, default=None),
     "source.done": Key("the source's name for done flags", '"dones"', str, default=None),
@@ -52,6 +52,7 @@ KEYS = {
     "depth.offset_m": Key("added to the distance (or, for heights: the plane's own height), m", "0.0", NUMBER),
     "depth.min_m": Key("smallest distance below the plane that occurs, m", "0.0", NUMBER),
     "depth.max_m": Key("largest distance below the plane that occurs, m", "0.6", NUMBER),
+    "depth.missing": Key("the source's value where its camera measured nothing", "0", NUMBER, default=None),
     "gripper.meaning": Key(
         "whether it says that something is held, or how far the gripper is open",
         '"holding"',
@@ -102,7 +103,7 @@ def read_geometry(path: Path) -> Geometry:
     try:
         return _geometry(value)
     except Rejected as error:
-        raise Rejected(f"{path}, {error.field}", error.expected, error.got, error.remedy) from error
+        raise error.within(f"{path}, ") from error
     except ValueError as error:
         raise Rejected(str(path), "a view and limits that a contract can state", str(error)) from error
 
@@ -144,6 +145,7 @@ def _geometry(value: dict[str, Any]) -> Geometry:
         },
         depth_slope=slope,
         depth_offset_m=value["depth.offset_m"],
+        depth_missing=value["depth.missing"],
         gripper_zero=value["gripper.zero"],
         gripper_one=value["gripper.one"],
         columns=_columns(value),

@@ -20,7 +20,9 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 FRAMES = 8
 """Frames in a filmstrip; longer episodes show some of theirs, evenly chosen."""
 MIN_ARROW = 0.05
-"""A planar motion below this share of its bound has no arrow."""
+"""A planar motion below this share of the longest has no arrow."""
+SEEN = 0.5
+"""And where that is below this share of the bound, all arrows are longer than their motions, by the same factor."""
 
 
 def text(path: Path, about: About, survey: Survey, disk_bytes: int) -> str:
@@ -93,14 +95,15 @@ def write_page(file: Path, path: Path, about: About, survey: Survey, disk_bytes:
     strips = "".join(
         f"<h3>episode {i}: {len(e)} steps, {'success' if e.success else 'failure'}, "
         f"recorded by {html.escape(e.behavior)}</h3>"
-        f"{image(filmstrip(e, about.spec))}"
+        f"{image(filmstrip(e, about.spec, survey.longest))}"
         for i, e in enumerate(shown)
     )
     body = (
         f"<h1>{html.escape(about.dataset_id)}</h1><p>{html.escape(str(path))}</p>{warnings}{table(rows)}"
         f"<h2>Lengths, returns, actions, coverage</h2>{image(charts(survey))}"
-        f"<h2>Episodes</h2><p>Depth below the camera plane, dark is near. The arrow is (dx, dy), at its true length in "
-        f"the image; the world's axes are drawn in the first frame.</p>{strips}"
+        f"<h2>Episodes</h2><p>Depth below the camera plane, dark is near. The arrow is (dx, dy), at "
+        f"{_times(_stretch(survey.longest))} true length in the image; the world's axes are drawn in the first frame."
+        f"</p>{strips}"
     )
     write_atomically(file, page(about.dataset_id, body))
 
@@ -130,8 +133,20 @@ def charts(survey: Survey) -> Figure:
     return figure
 
 
-def filmstrip(episode: Episode, spec: PolicySpec) -> Figure:
-    """Frames of an episode from first to last, each with the action that was taken in it."""
+def _stretch(longest: float) -> float:
+    return max(1.0, SEEN / longest) if longest else 1.0
+
+
+def _times(factor: float) -> str:
+    return "its" if factor == 1 else f"{factor:.3g} times its"
+
+
+def filmstrip(episode: Episode, spec: PolicySpec, longest: float) -> Figure:
+    """Frames of an episode from first to last, each with the action that was taken in it.
+
+    Args:
+        longest: planar motion of all episodes, as a share of the bound.
+    """
     chosen = np.unique(np.linspace(0, len(episode), min(FRAMES, len(episode) + 1)).round().astype(int))
     figure = Figure(figsize=(1.9 * FRAMES, 2.7), dpi=80, layout="constrained")
     low, high = float(episode.depth.min()), float(episode.depth.max())
@@ -141,7 +156,7 @@ def filmstrip(episode: Episode, spec: PolicySpec) -> Figure:
         axis.set(xticks=[], yticks=[])
         axis.set_title(_caption(episode, spec, int(step)), fontsize=8)
         if step < len(episode):
-            _arrow(axis, spec, episode.action[step, spec.action.slice_of("planar")])
+            _arrow(axis, spec, episode.action[step, spec.action.slice_of("planar")], longest)
     _world_axes(figure.axes[0], spec)
     return figure
 
@@ -154,10 +169,10 @@ def _caption(episode: Episode, spec: PolicySpec, step: int) -> str:
     return f"{state}\n" + ", ".join(f"{name} {told[name]:g}" for name in ("p", "dz", "dtheta") if name in told)
 
 
-def _arrow(axis: Axes, spec: PolicySpec, planar: np.ndarray) -> None:
+def _arrow(axis: Axes, spec: PolicySpec, planar: np.ndarray, longest: float) -> None:
     bound = next(f.limit for f in spec.action.fields if f.name == "planar") or 1.0
-    if np.linalg.norm(planar) >= MIN_ARROW * bound:
-        _draw(axis, spec, np.zeros(2), planar, "red", "")
+    if np.linalg.norm(planar) > MIN_ARROW * longest * bound:
+        _draw(axis, spec, np.zeros(2), planar * _stretch(longest), "red", "")
 
 
 def _world_axes(axis: Axes, spec: PolicySpec) -> None:

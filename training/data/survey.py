@@ -13,7 +13,11 @@ from sim_client.episodes import Episode
 SECTORS = 8
 BINS = 20
 STILL = 0.02
-"""A planar motion shorter than this share of its bound has no direction worth counting."""
+"""A planar motion shorter than this share of the longest has no direction worth counting."""
+TIMID = 0.1
+"""Planar motions that are all shorter than this share of their bound were bounded too loosely."""
+HOLES = 1e-3
+"""From this share of all pixels on, those at the smallest depth are worth a word."""
 SECTOR_SHARE = 0.01
 """A sector counts as covered if at least this share of the motions points into it."""
 
@@ -25,8 +29,8 @@ class Survey:
     Attributes:
         histograms: per field of the action, how many steps fall into each of BINS equal bins of its range: magnitude
             over its bound for a vector, the normalised value for the others.
-        sectors: how many planar motions point into each of SECTORS, the first from 0 to 45 degrees from +x.
         still_cameras: episodes of more than one step whose frames are all the same.
+        paid_early: episodes with a reward before their last step.
         raw_bytes: of all arrays in memory.
     """
 
@@ -38,13 +42,17 @@ class Survey:
     behaviors: Counter[str] = field(default_factory=Counter)
     behavior_successes: Counter[str] = field(default_factory=Counter)
     histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    sectors: NDArray[np.int64] = field(default_factory=lambda: np.zeros(SECTORS, np.int64))
     still_cameras: list[int] = field(default_factory=list)
+    paid_early: list[int] = field(default_factory=list)
+    pixels: int = 0
+    holes: int = 0
     gripper_high: float = 0.0
     any_motion: bool = False
     depth_low_m: float = np.inf
     depth_high_m: float = -np.inf
     raw_bytes: int = 0
+    _planar: list[NDArray[np.float32]] = field(default_factory=list)
+    """[steps, 2] of each episode, in units of the bound."""
 
     @classmethod
     def of(cls, spec: PolicySpec, episodes: Iterable[Episode]) -> "Survey":
@@ -58,6 +66,10 @@ class Survey:
         self.raw_bytes += sum(a.nbytes for a in arrays) + (0 if episode.rgb is None else episode.rgb.nbytes)
         if len(episode) > 1 and (episode.depth == episode.depth[:1]).all():
             self.still_cameras.append(len(self.lengths))
+        if (episode.reward[:-1] > 0).any():
+            self.paid_early.append(len(self.lengths))
+        self.pixels += episode.depth.size
+        self.holes += int(np.count_nonzero(episode.depth <= self.spec.observation.depth_min_m))
         self.steps += len(episode)
         self.lengths.append(len(episode))
         self.returns.append(float(episode.reward.sum()))
@@ -78,22 +90,41 @@ class Survey:
             values, low = (sizes[:, i], 0.0) if f.kind is Kind.VECTOR else (part[:, 0], -1.0)
             self.histograms[f.name] += np.histogram(np.clip(values, low, 1.0), BINS, (low, 1.0))[0]
             if f.kind is Kind.VECTOR:
-                moving = part[sizes[:, i] > STILL]
-                turn = np.arctan2(moving[:, 1], moving[:, 0]) % (2 * np.pi) / (2 * np.pi)
-                self.sectors += np.bincount((turn * SECTORS).astype(int) % SECTORS, minlength=SECTORS)
+                self._planar.append(part)
+
+    @property
+    def longest(self) -> float:
+        """Of the planar motions, as a share of their bound."""
+        return max((float(np.linalg.norm(part, axis=1).max(initial=0.0)) for part in self._planar), default=0.0)
+
+    @property
+    def sectors(self) -> NDArray[np.int64]:
+        """How many planar motions point into each of SECTORS, the first from 0 to 45 degrees from +x."""
+        planar = np.concatenate([np.zeros((0, 2), np.float32), *self._planar])
+        moving = planar[np.linalg.norm(planar, axis=1) > STILL * self.longest]
+        turn = np.arctan2(moving[:, 1], moving[:, 0]) % (2 * np.pi) / (2 * np.pi)
+        return np.bincount((turn * SECTORS).astype(int) % SECTORS, minlength=SECTORS)
 
     @property
     def covered(self) -> int:
         """How many sectors planar motion points into."""
-        return int((self.sectors >= max(1.0, SECTOR_SHARE * self.sectors.sum())).sum())
+        sectors = self.sectors
+        return int((sectors >= max(1.0, SECTOR_SHARE * sectors.sum())).sum())
 
     def warnings(self) -> list[str]:
         """What is legal but seldom meant."""
         said = []
         if self.still_cameras:
-            shown = ", ".join(map(str, self.still_cameras[:5])) + (" ..." if len(self.still_cameras) > 5 else "")
+            said.append(f"the depth image never changes within {_episodes(self.still_cameras)}: dead camera?")
+        if self.paid_early:
             said.append(
-                f"the depth image never changes within {len(self.still_cameras)} episodes ({shown}): dead camera?"
+                f"a reward comes before the last step in {_episodes(self.paid_early)}: if that is success, what "
+                "follows should have been cut off, or policies learn to dwell there"
+            )
+        if self.holes >= HOLES * self.pixels:
+            said.append(
+                f"{100 * self.holes / self.pixels:.1f} % of pixels read {self.spec.observation.depth_min_m:g} m, the "
+                "nearest there is: holes of a camera? Servers warn of them, too; better fill them before the import"
             )
         if not any(self.successes):
             said.append("no episode succeeds: behaviour cloning has nothing to imitate, and no reward to learn from")
@@ -108,4 +139,14 @@ class Survey:
                 f"planar motion covers {self.covered} of {SECTORS} sectors of the circle: is an axis missing? "
                 "If not, let training turn the scenes (--augmentation so2)"
             )
+        if 0 < self.longest < TIMID:
+            said.append(
+                f"planar motions use at most {100 * self.longest:.2g} % of their bound: lower action.planar.limit_m, "
+                "or a network's smallest errors are as large as they are"
+            )
         return said
+
+
+def _episodes(indices: list[int]) -> str:
+    shown = ", ".join(map(str, indices[:5])) + (" ..." if len(indices) > 5 else "")
+    return f"{len(indices)} episodes ({shown})"

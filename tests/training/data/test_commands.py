@@ -83,6 +83,14 @@ def suspicious(change: str) -> Episode:
         return replace(made, reward=made.reward * 0)
     if change == "empty gripper":
         return replace(made, gripper=made.gripper * 0)
+    if change == "tiny motions":
+        return replace(made, action=made.action * np.float32([1, 0.02, 0.02, 1, 1]))
+    if change == "holes":
+        depth = made.depth.copy()
+        depth[:, 0] = 0.0
+        return replace(made, depth=depth)
+    if change == "paid early":
+        return replace(made, reward=np.ones_like(made.reward))
     if change == "no motion":
         return replace(made, action=made.action * np.float32([1, 0, 0, 0, 0]))
     return replace(made, action=np.abs(made.action))
@@ -96,6 +104,9 @@ def suspicious(change: str) -> Episode:
         ("empty gripper", "gripper's state never reaches 1 (at most 0)"),
         ("no motion", "all motions are zero"),
         ("one quadrant", "of 8 sectors of the circle"),
+        ("tiny motions", "planar motions use at most 2 % of their bound"),
+        ("holes", "6.2 % of pixels read 0 m"),
+        ("paid early", "a reward comes before the last step in 1 episodes (0)"),
     ],
 )
 def test_validate_warns_of_what_is_legal_but_suspicious(
@@ -154,22 +165,24 @@ def test_the_page_is_one_file_with_pictures_and_numbers(path: Path, tmp_path: Pa
     assert [p.name for p in page.parent.iterdir()] == ["set.html"]
 
 
-def test_arrows_point_where_the_scene_moves() -> None:
-    """A target at +x of the gripper lies above the middle of the default view: an arrow to it points up."""
+@pytest.mark.parametrize("dx", [0.05, 0.001])
+def test_arrows_point_where_the_scene_moves(dx: float) -> None:
+    """A target at +x of the gripper lies above the middle of the default view: an arrow to it points up. Where motions
+    are so small that none would be seen, as at 30 Hz, all arrows are longer, and the page says by how much."""
     view = DEFAULT_SPEC.observation
     made = Episode(
         depth=np.random.default_rng(0).uniform(0, 0.5, (2, *view.shape)).astype(np.float32),
         gripper=np.zeros((2, 1), np.float32),
-        action=np.array([[1, 0.05, 0, 0, 0]], np.float32),
+        action=np.array([[1, dx, 0, 0, 0]], np.float32),
         reward=np.zeros(1, np.float32),
         terminated=False,
         truncated=True,
     )
-    first = filmstrip(made, DEFAULT_SPEC).axes[0]
+    first = filmstrip(made, DEFAULT_SPEC, longest=dx / 0.05).axes[0]
     arrow = next(text for text in first.texts if text.arrow_patch is not None)  # type: ignore[attr-defined]
     (head_col, head_row), (tail_col, tail_row) = arrow.xy, arrow.xyann  # type: ignore[attr-defined]
     assert head_col == pytest.approx(tail_col)
-    assert tail_row - head_row == pytest.approx(0.05 / (view.extent_m / view.height))
+    assert tail_row - head_row == pytest.approx(max(dx, 0.025) / (view.extent_m / view.height))
 
 
 def test_charts_have_a_panel_per_field() -> None:
@@ -213,6 +226,14 @@ def test_a_split_with_an_empty_part_is_refused(arguments: list[str], path: Path,
     outputs = ["--output-a", str(tmp_path / "a"), "--output-b", str(tmp_path / "b")]
     assert main(["split", str(path), *arguments, *outputs]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_few_successes_are_not_all_on_one_side() -> None:
+    outcomes = [True] * 4 + [False] * 16
+    for share in (0.1, 0.9):
+        first = draw(outcomes, share, 0)
+        for part in (first, [not chosen for chosen in first]):
+            assert {outcomes[i] for i, chosen in enumerate(part) if chosen} == {True, False}
 
 
 def test_another_seed_draws_other_episodes() -> None:

@@ -222,6 +222,17 @@ def test_the_first_done_is_the_end_however_the_recording_ended(tmp_path: Path) -
     assert (len(ended), ended.terminated, ended.truncated) == (5, False, True)
 
 
+@pytest.mark.parametrize("missing", [0, 65535, math.nan])
+def test_pixels_that_were_not_measured_are_nearest_whatever_the_offset(tmp_path: Path, missing: float) -> None:
+    """As in the simulator: else a hole would be a thing, or ground, or beyond the range, by chance."""
+    depth = np.full((4, 64, 64), 1150.0)
+    depth[1, 3, 4] = missing
+    edits = (("depth.offset_m", "offset_m = -0.9"), ("depth.missing", f"missing = {missing}"))
+    converted = parse(tmp_path, *edits).episode(raw(3, depth=depth)).depth
+    assert converted[1, 3, 4] == 0
+    assert np.isclose(np.sort(converted.ravel())[1:], 0.25).all()
+
+
 def test_absent_components_are_zero(tmp_path: Path) -> None:
     geometry = parse(
         tmp_path, ("action.order", 'order = ["dx", "dy", "dz", "p"]'), ("action.absent", 'absent = ["dtheta"]')

@@ -84,9 +84,7 @@ def _checked(path: Path, names: Mapping[str, str], info: dict[str, Any], ours: d
             count += 1
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         if isinstance(error, Rejected):
-            raise Rejected(
-                f"{path}, episode {count}, {error.field}", error.expected, error.got, error.remedy
-            ) from error
+            raise error.within(f"{path}, episode {count}, ") from error
         raise Rejected(f"{path}, episode {count}", "undamaged parquet", f"{type(error).__name__}: {error}") from error
     if count != info.get("total_episodes", count):
         raise Rejected(

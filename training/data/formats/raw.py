@@ -92,7 +92,7 @@ def about_from_json(contract: str, digest: str | None, text: str | None, where: 
     try:
         spec = PolicySpec.from_json(contract)
     except Rejected as error:
-        raise Rejected(f"{where}, {error.field}", error.expected, error.got, error.remedy) from error
+        raise error.within(f"{where}, ") from error
     if digest is not None and digest != spec.digest:
         raise Rejected(f"{where}, contract_digest", spec.digest, digest, "the contract was edited after it was written")
     try:
@@ -106,7 +106,7 @@ def about_from_json(contract: str, digest: str | None, text: str | None, where: 
             notes=dict(told.get("notes", {})),
         )
     except Rejected as error:
-        raise Rejected(f"{where}, {error.field}", error.expected, error.got, error.remedy) from error
+        raise error.within(f"{where}, ") from error
     except (ValueError, AttributeError, TypeError) as error:
         raise Rejected(f"{where}, about", "a JSON object", repr(error)) from error
 

@@ -55,7 +55,7 @@ def _demos(path: Path, demos: list[str], names: Mapping[str, str], *, ours: bool
             with h5py.File(path, "r") as file:
                 raw = _demo(file["data"][name], names, ours)
         except Rejected as error:
-            raise Rejected(f"{where}, {error.field}", error.expected, error.got, error.remedy) from error
+            raise error.within(f"{where}, ") from error
         except (OSError, KeyError, AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise Rejected(where, f"an undamaged data/{name}", f"{type(error).__name__}: {error}") from error
         yield raw

@@ -8,15 +8,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
-
 from protos.errors import Rejected
 from protos.files import write_atomically
+from sim_client.interval import Interval, wilson
 from training.loop import Run
 
 FOLDER, BEST = "evaluations", "best.pt"
@@ -36,10 +36,8 @@ class Result:
         return self.successes / self.episodes
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval."""
-        found = binomtest(self.successes, self.episodes).proportion_ci(0.95, method="wilson")
-        return float(found.low), float(found.high)
+    def interval(self) -> Interval:
+        return wilson(self.successes, self.episodes)
 
 
 class EvaluationError(RuntimeError):
@@ -54,7 +52,8 @@ class Evaluations:
         if run.dataset.env_spec is None:
             raise Rejected("--eval-every", "data of a simulator", "data without one", "leave out --eval-every")
         self._run, self._folder = run, run.config.output / FOLDER
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  (not a pipe: nobody reads while it runs)
         self._result = self._folder  # where the process will write it
         self._told: set[int] = set()
 
@@ -100,7 +99,7 @@ class Evaluations:
         results, patience = self.results(), self._run.config.patience
         if patience is None or not results:
             return False
-        reached = max(results, key=lambda r: (r.success_rate, -r.update))  # of equals the first: a tie is no better
+        reached = max(results, key=lambda r: (r.interval.low, -r.update))  # of equals the first: a tie is no better
         return sum(r.update > reached.update for r in results) >= patience
 
     def stop(self) -> None:
@@ -114,7 +113,8 @@ class Evaluations:
         """Raises EvaluationError when the one before failed."""
         if self._process is not None and self._process.poll() is not None:
             failed = self._process.returncode
-            said = (self._process.stderr.read() if self._process.stderr else "").strip()
+            self._said.seek(0)
+            said = self._said.read().decode(errors="replace").strip()
             self._process = None
             if failed and not self._result.exists():  # another of the same, left by a run that was killed, was faster
                 raise EvaluationError(f"an evaluation failed with exit code {failed}: {said[-500:]}")
@@ -122,9 +122,11 @@ class Evaluations:
         if self._process is None and waiting:
             self._result = waiting[0].with_suffix(".json")
             command = ["training.evaluate", str(waiting[0]), "--episodes", str(self._run.config.eval_episodes)]
+            self._said.seek(0)
+            self._said.truncate()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *command],
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                stdout=subprocess.DEVNULL, stderr=self._said,
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
                 start_new_session=True,  # Ctrl-C is for the training, which then stops this itself
             )  # fmt: skip
@@ -138,5 +140,5 @@ class Evaluations:
 
 
 def best(results: Iterable[Result]) -> Result:
-    """The highest success rate; of equals, the longest trained."""
-    return max(results, key=lambda r: (r.success_rate, r.update))
+    """The highest success rate, as far as its episodes can tell; of equals, the longest trained."""
+    return max(results, key=lambda r: (r.interval.low, r.update))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from protos.files import write_atomically
 from protos.manifest import INPUTS, OUTPUTS, VALUE_OUTPUT, Golden, Manifest
 from protos.spaces import PolicySpec
-from protos.symmetry import EIGHTH_TURN, QUARTER_TURNS, Element
+from protos.symmetry import EIGHTH_TURN, Element, Group
 from training.agents.agent import Agent
 from training.batch import State
 from training.data.dataset import Dataset
@@ -86,7 +86,7 @@ def export(
 
     Raises:
         ExportError: when torch and onnxruntime disagree by more than the bounds above, or an actor that should be
-            equivariant turns quarter turns with more than SYMMETRY_BOUND of error.
+            equivariant follows quarter turns, or its group's reflections, with more than SYMMETRY_BOUND of error.
     """
     agent = agent.cpu()
     spec, rng = dataset.spec, np.random.default_rng(provenance.seed)
@@ -96,9 +96,13 @@ def export(
     real = _real_observations(dataset, rng)
     _require_parity(agent, session, _random_observations(spec, rng), "random")
     _require_parity(agent, session, real, "recorded")
-    quarter = _equivariance_error(session, real, QUARTER_TURNS, spec)
+    exact = tuple(Group(4, Group.parse(provenance.group).reflections))[
+        1:
+    ]  # all that a grid of pixels turns into itself
+    quarter = _equivariance_error(session, real, exact, spec)
     if agent.actor.steerable and not quarter <= SYMMETRY_BOUND:
-        raise ExportError(f"the equivariant actor is off by {quarter:.3g} of its range under quarter turns")
+        under = "quarter turns and reflections" if len(exact) > 3 else "quarter turns"
+        raise ExportError(f"the equivariant actor is off by {quarter:.3g} of its range under {under}")
     manifest = Manifest(
         spec=spec,
         group=provenance.group,

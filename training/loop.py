@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,8 @@ class Run:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.processes, self.device = join(config.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
         self._batch_size = self.processes.share(config.batch_size)
         torch.manual_seed(config.seed)
         self._generator = torch.Generator()
@@ -151,17 +154,27 @@ class Run:
             "batch": [{"episode": episode, "step": step} for episode, step in where],
         }
         path = self.config.output / DIAGNOSIS
-        write_atomically(path, (json.dumps(diagnosis, indent=2) + "\n").encode())
+        try:
+            write_atomically(path, (json.dumps(diagnosis, indent=2) + "\n").encode())
+            named = f"{path} names the batch and all losses"
+        except OSError as full:  # the disk's, and no reason to keep quiet about the losses
+            named = f"{path} could not be written: {full}"
         kept = "The last good checkpoint is kept: s" if (self.config.output / CHECKPOINT).exists() else "S"
         cause = f"the batch's {' and '.join(broken)} are not finite" if broken else "the data of the batch are finite"
         error.args = (
-            f"{error} at update {self.updates}; {cause}. {path} names the batch and all losses. {kept}tart a new "
+            f"{error} at update {self.updates}; {cause}. {named}. {kept}tart a new "
             f"run with a lower --learning-rate, or check the data with "
             f"python -m training.data validate {self.config.dataset}",
         )
 
     def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint, whole or not at all. Raises Diverged where weights are NaN; the one before stays."""
+        if not self.learner.finite:
+            raise Diverged(
+                f"weights are not finite after update {self.updates}, though every loss was: a gradient overflowed. No "
+                "checkpoint was written over the last; start a new run with a lower --learning-rate",
+                {},
+            )
         extraction = self.extraction and vars(self.extraction)
         state = {"learner": self.learner.state_dict(), "dataset_sha256": self.dataset.sha256, "extraction": extraction}
         self.write(CHECKPOINT, state)
@@ -175,8 +188,13 @@ class Run:
     def restore(self) -> None:
         """Continue where the last checkpoint was taken. Raises Rejected when the data are not those it was taken on."""
         path = self.config.output / CHECKPOINT
-        if not path.exists():
-            return  # stopped before its first checkpoint: begin again
+        if path.exists():  # else stopped before its first checkpoint: begin again
+            self._read(path)
+        if self.processes.anywhere(self.processes.from_leader(self.updates, self.device) != self.updates, self.device):
+            expected = "the same checkpoint for all processes, on every machine"
+            raise Rejected(str(path), expected, f"update {self.updates} here", "share --output between the machines")
+
+    def _read(self, path: Path) -> None:
         try:
             state = torch.load(path, weights_only=True, map_location=self.device)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:

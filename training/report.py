@@ -17,13 +17,13 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy.stats import binomtest
 from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from protos.errors import Rejected
 from protos.files import write_atomically
 from protos.manifest import Manifest
+from sim_client.interval import wilson
 from training.config import RunConfig, recorded
 from training.webpage import image, page, table
 
@@ -117,7 +117,7 @@ class Run:
     def _through_the_server(self) -> str:
         if self.served is None:
             return ""
-        interval = binomtest(self.served["successes"], self.served["episodes"]).proportion_ci(0.95, method="wilson")
+        interval = wilson(self.served["successes"], self.served["episodes"])
         return f"{self.served['success_rate']:.0%} ({interval.low:.0%} to {interval.high:.0%})"
 
 

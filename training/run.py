@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from protos.errors import Rejected
-from protos.files import write_atomically
+from protos.files import remove_unfinished, write_atomically
 from training import distributed
 from training.agents.agent import Diverged
 from training.config import SETTINGS, RunConfig, parse
@@ -26,6 +26,7 @@ from training.evaluations import BEST, EvaluationError, Evaluations, Result, bes
 from training.export import ExportError, Provenance, export
 from training.loop import CHECKPOINT, Run
 from training.memory import keep_freed_memory
+from training.networks.stem import deepest_m
 
 LOG_EVERY, PROBE_EVERY = 20, 200
 POLICY = "policy.onnx"
@@ -52,6 +53,9 @@ def train(config: RunConfig) -> Path:
     if not run.processes.leads:
         evaluations = None
     if config.resume:
+        if run.processes.leads:
+            for name in (CHECKPOINT, BEST, POLICY):
+                remove_unfinished(config.output / name)
         run.restore()
     if run.processes.leads:
         _record(config)  # only now is the directory taken: a mistyped flag must not take it
@@ -148,6 +152,11 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
                 saved = run.seconds
         if leads:
             run.save()
+        if evaluations and evaluations.exhausted and run.progress < 1:
+            tqdm.write(
+                f"--patience {run.config.patience}: so many evaluations brought nothing better, so training ends after "
+                f"{run.progress:.0%} of its budget; --resume with a larger --patience goes on"
+            )
         run.processes.meet()
         if evaluations and not stop.is_set():
             bar.set_postfix_str("waiting for the last evaluations")
@@ -198,6 +207,13 @@ def _describe(run: Run) -> None:
         + f"; {run.device.type}"
         + (f", {run.processes.count} processes" if run.processes.count > 1 else "")
     )
+    floor_m = deepest_m(data.spec.observation)
+    if blind := int((data.depth.flatten(1).amin(dim=1) >= floor_m).sum()):
+        print(
+            f"in {blind} of {len(data.depth)} frames all is {floor_m:g} m or more below the camera plane, beyond which "
+            "networks see no difference: record from nearer, or check the scale of depth",
+            file=sys.stderr,
+        )
 
 
 def _record(config: RunConfig) -> None:

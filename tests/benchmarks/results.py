@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from scipy.stats import binomtest
 
 from protos.files import write_atomically
 from serving.policy import load
+from sim_client.interval import wilson
 from training.demo import server
 
 
@@ -198,7 +198,7 @@ def table(study: Study) -> str:
         made = reports(row, study).values()
         if made:
             wins, episodes = (sum(r[name] for r in made) for name in ("successes", "episodes"))
-            interval = binomtest(wins, episodes).proportion_ci(0.95, method="wilson")
+            interval = wilson(wins, episodes)
             rates = [r["success_rate"] for r in made]
             lines.append(
                 f"| {row.name} | {row.task} | `{row.data}` | `{row.train}` | {row.minutes:g} | "

@@ -99,7 +99,8 @@ def instead_of_an_evaluation(script: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_was_learned_outlives_an_evaluation_that_fails(
     drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    instead_of_an_evaluation("raise SystemExit('no display')", monkeypatch)
+    talkative = "import sys; sys.stderr.write('warning ' * 30_000)"  # more than a pipe holds
+    instead_of_an_evaluation(f"{talkative}; raise SystemExit('no display')", monkeypatch)
     with pytest.raises(EvaluationError, match="no display"):
         train(parse(arguments(drawer, tmp_path / "run", "--updates", "3", "--eval-every", "3")))
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["updates"] == 3
@@ -181,6 +182,19 @@ def test_patience_counts_evaluations_that_brought_nothing_better(by_the_end: int
 
 def test_of_equally_good_snapshots_the_longest_trained_is_best() -> None:
     assert best([Result(10, 4, 5), Result(20, 4, 5), Result(30, 3, 5)]) == Result(20, 4, 5)
+
+
+def test_few_episodes_that_all_succeed_do_not_beat_many_of_which_nearly_all_do() -> None:
+    """As after --resume with another --eval-episodes."""
+    assert best([Result(10, 5, 5), Result(20, 97, 100)]) == Result(20, 97, 100)
+
+
+def test_a_run_that_ends_early_says_why_and_how_to_go_on(
+    drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Evaluations, "exhausted", True)
+    train(parse(arguments(drawer, tmp_path / "run", "--updates", "40", "--eval-every", "30", "--patience", "2")))
+    assert "--patience 2: so many evaluations brought nothing better" in capsys.readouterr().out
 
 
 def test_patience_without_evaluation_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

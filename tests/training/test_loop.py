@@ -16,14 +16,14 @@ import torch
 
 from protos.errors import Rejected
 from tests.training.conftest import write_dataset
-from tests.training.test_run import arguments, command, weights
+from tests.training.test_run import arguments, begun, command, same, to_its_end, weights
 from training.agents.agent import Diverged
 from training.config import parse
 from training.data.dataset import load
 from training.diagnostics import Probe
 from training.distributed import Processes, _device
 from training.loop import Run
-from training.run import train
+from training.run import _describe, train
 
 
 def test_a_diverging_run_names_losses_batch_and_cause_and_keeps_its_checkpoint(
@@ -131,20 +131,83 @@ def test_the_bound_on_values_is_that_of_returns_however_many_steps_a_reward_sums
         assert run.learner._value_bound == pytest.approx(10 / (1 - 0.5))
 
 
+def test_weights_that_are_no_numbers_are_not_saved_over_the_last_that_were(reach_path: Path, tmp_path: Path) -> None:
+    """Losses may be finite where a gradient is not."""
+    run = Run(parse(arguments(reach_path, tmp_path, "--updates", "9")))
+    run.step()
+    run.save()
+    good = weights(tmp_path)
+    next(run.learner.agent.parameters()).data[0] = float("inf")
+    with pytest.raises(Diverged, match="not finite after update 1"):
+        run.save()
+    assert same(weights(tmp_path), good)
+
+
+def test_a_full_disk_does_not_hide_why_a_run_diverged(
+    reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = Run(parse(arguments(reach_path, tmp_path, "--updates", "9", "--algo", "iql")))
+    run.dataset.reward[:] = float("nan")
+    monkeypatch.setattr("training.loop.write_atomically", full)
+    with pytest.raises(Diverged, match=r"losses/critic.* not finite .*could not be written: .*No space left"):
+        run.step()
+
+
+def test_checkpoints_hold_no_caches_and_older_ones_that_do_are_read(reach_path: Path, tmp_path: Path) -> None:
+    args = arguments(reach_path, tmp_path, "--updates", "9", "--algo", "iql")
+    begun(args)
+    assert not [name for name in weights(tmp_path) if name.endswith((".filter", ".expanded_bias"))]
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    convolutions = [name.removesuffix("weights") for name in state["learner"]["agent"] if name.endswith(".weights")]
+    state["learner"]["agent"] |= {f"{name}filter": torch.zeros(3) for name in convolutions}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    again = Run(parse(args))
+    again.restore()
+    assert again.updates == 1
+
+
+def test_resuming_clears_up_after_a_process_that_was_killed_while_it_saved(reach_path: Path, tmp_path: Path) -> None:
+    args = arguments(reach_path, tmp_path / "run", "--updates", "2")
+    begun(args)
+    (tmp_path / "run" / ".checkpoint.pt.x7_aY9k2").write_bytes(b"half of it")
+    train(parse([*args, "--resume"]))
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_processes_that_resume_from_different_checkpoints_refuse(
+    reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on two machines without a folder in common: they would average gradients of different networks."""
+    args = arguments(reach_path, tmp_path / "run", "--updates", "9")
+    run = Run(parse(args))
+    run.restore()
+    monkeypatch.setattr(Processes, "from_leader", lambda *_: 5.0)
+    with pytest.raises(Rejected, match="share --output between the machines"):
+        run.restore()
+
+
+def test_frames_in_which_networks_see_nothing_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def far(index: int, episode: dict[str, Any]) -> None:
+        episode["depth"] = [np.maximum(frame, 0.45) if index == 0 else frame for frame in episode["depth"]]
+
+    _describe(Run(parse(arguments(write_dataset(tmp_path / "data", edit=far), tmp_path / "run", "--updates", "1"))))
+    assert "in 5 of 60 frames all is 0.4 m or more below the camera plane" in capsys.readouterr().err
+
+
 def test_a_damaged_checkpoint_is_a_clear_error(reach_path: Path, tmp_path: Path) -> None:
-    args = arguments(reach_path, tmp_path / "run", "--updates", "3")
-    train(parse(args))
+    begun(arguments(reach_path, tmp_path / "run", "--updates", "3"))
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK half of it")
-    done = command("--resume", "--output", str(tmp_path / "run"), "--updates", "6")
-    assert done.returncode == 1
-    assert "checkpoint.pt" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(Rejected, match=r"checkpoint\.pt: expected a checkpoint of training\.run"):
+        train(parse(["--resume", "--output", str(tmp_path / "run"), "--updates", "6"]))
 
 
 def test_killed_while_it_trained_a_run_goes_on_to_where_it_would_have_been(reach_path: Path, tmp_path: Path) -> None:
     options = ("--updates", "60", "--algo", "cql", "--threads", "1")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(parse(arguments(reach_path, whole, *options)))
+    to_its_end(Run(parse(arguments(reach_path, whole, *options))))
     process = subprocess.Popen(
         [sys.executable, "-m", "training.run", *arguments(reach_path, killed, *options), "--checkpoint-s", "0.01"],
         stderr=subprocess.DEVNULL,
@@ -157,8 +220,7 @@ def test_killed_while_it_trained_a_run_goes_on_to_where_it_would_have_been(reach
     assert 0 < torch.load(killed / "checkpoint.pt", weights_only=True)["updates"] < 60
     done = command("--resume", "--output", str(killed), "--checkpoint-s", "30")
     assert done.returncode == 0, done.stderr
-    ours, theirs = weights(killed), weights(whole)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert same(weights(killed), weights(whole))
 
 
 @pytest.mark.parametrize("algo", ["bc", "iql", "cql"])
@@ -198,7 +260,6 @@ def test_the_discount_and_n_steps_reach_the_data(reach_path: Path, tmp_path: Pat
 
 def test_data_without_a_simulator_cannot_be_evaluated_on(tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "data")
-    done = command(*arguments(path, tmp_path / "run", "--updates", "4", "--eval-every", "2"))
-    assert done.returncode == 1
-    assert "--eval-every: expected data of a simulator" in done.stderr
+    with pytest.raises(Rejected, match="--eval-every: expected data of a simulator"):
+        train(parse(arguments(path, tmp_path / "run", "--updates", "4", "--eval-every", "2")))
     assert not (tmp_path / "run").exists()

@@ -305,8 +305,10 @@ def test_nothing_outside_the_disc_is_looked_at(equivariance: str) -> None:
 
 
 def test_images_that_do_not_tile_are_refused_with_the_sizes_that_do() -> None:
-    with pytest.raises(ValueError, match=r"network\.pool: .*8 times a power of two.* 48"):
+    with pytest.raises(ValueError, match=r"network\.pool: .*8 times a power of two.* 48; for this view: 3, 6, 12"):
         stages(NetworkConfig(), ObservationSpec(height=96, width=96))
+    with pytest.raises(ValueError, match="no pooling does that: make views of a multiple of 8 pixels"):
+        stages(NetworkConfig(), ObservationSpec(height=100, width=100))
     with pytest.raises(ValueError, match=r"network\.fields: expected 5 or more entries"):
         stages(NetworkConfig(fields=(4, 4)), SPEC.observation)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +54,10 @@ def test_a_row_takes_success_from_the_curves_and_from_the_server_s_report(runs: 
     assert cell(Run.read(runs[0]), "success through the server") == "90% (60% to 98%)"
 
 
-def test_an_evaluation_that_is_being_written_is_left_out(reach_path: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_is_being_written_is_left_out(runs: list[Path], tmp_path: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    train(parse(arguments(reach_path, tmp_path / "run", "--updates", "2")))
+    shutil.copytree(runs[1], tmp_path / "run")
     with SummaryWriter(str(tmp_path / "run/tensorboard")) as log:
         log.add_scalar("success/rate", 0.5, 20)
     assert cell(Run.read(tmp_path / "run"), "success in training") == ""
@@ -101,10 +102,10 @@ def test_what_is_no_run_and_another_s_file_are_no_traceback(
     assert capsys.readouterr().err.count("no report") == 2
 
 
-def test_runs_of_the_same_name_go_by_their_paths(reach_path: Path, tmp_path: Path) -> None:
+def test_runs_of_the_same_name_go_by_their_paths(runs: list[Path], tmp_path: Path) -> None:
     same = tuple(tmp_path / home / "run" for home in ("a", "b"))
     for path in same:
-        train(parse(arguments(reach_path, path, "--updates", "2")))
+        shutil.copytree(runs[1], path)
     write_report(Report(same, tmp_path / "page.html"))
     page = (tmp_path / "page.html").read_text()
     assert all(f"<th>{path}</th>" in page for path in same)

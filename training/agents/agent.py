@@ -112,6 +112,11 @@ class Learner:
             self.agent.follow()
         return scalars
 
+    @property
+    def finite(self) -> bool:
+        """Whether every weight is a number."""
+        return bool(torch.stack([p.isfinite().all() for p in self.agent.parameters()]).all())
+
     def _require_sane(self, scalars: dict[str, float], device: torch.device) -> None:
         wrong = self._what_is_wrong(scalars)
         anywhere = self._processes.anywhere(wrong is not None, device)

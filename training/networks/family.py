@@ -24,6 +24,7 @@ EQUIVARIANCE: dict[str, frozenset[str]] = {
 NARROWEST = 8
 """The image side at which pooling ends: 8 -> 6 (valid 3x3) -> 3 (pool) -> 1 (valid 3x3) tiles evenly, so that quarter
 turns are exact."""
+VIEWS = f"a multiple of {NARROWEST} pixels"
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,16 @@ def stages(cfg: NetworkConfig, spec: ObservationSpec) -> tuple[Stage, ...]:
     """
     side = spec.height / cfg.pool
     halvings = math.log2(side / NARROWEST)
-    if halvings != int(halvings) or halvings < 0:
+    if not _tiles(side):
         tiling = f"a pooled image {NARROWEST} times a power of two pixels wide"
-        raise Rejected("network.pool", tiling, f"{spec.height} / {cfg.pool} = {side:g}", "choose another pooling")
+        fitting = [str(pool) for pool in range(1, spec.height) if _tiles(spec.height / pool)]
+        remedy = f"for this view: {', '.join(fitting)}" if fitting else f"no pooling does that: make views of {VIEWS}"
+        raise Rejected("network.pool", tiling, f"{spec.height} / {cfg.pool} = {side:g}", remedy)
     if len(cfg.fields) < halvings + 2:
         entries = f"{int(halvings) + 2} or more entries, one for each convolution of a {side:g} x {side:g} image"
-        pool, rest = divmod(spec.height, NARROWEST * 2 ** (len(cfg.fields) - 2))
-        remedy = f"or fit the image to the fields: --network.pool {pool}" if pool and not rest else ""
+        pool, rest = divmod(spec.height, NARROWEST * 2 ** max(len(cfg.fields) - 2, 0))
+        fits = pool and not rest and len(cfg.fields) > 1
+        remedy = f"or fit the image to the fields: --network.pool {pool}" if fits else ""
         raise Rejected("network.fields", entries, str(cfg.fields), remedy)
     *padded, second_last, last = cfg.fields
     halved, kept = padded[: int(halvings)], padded[int(halvings) :]
@@ -91,6 +95,11 @@ def stages(cfg: NetworkConfig, spec: ObservationSpec) -> tuple[Stage, ...]:
         Stage(second_last, 0, True),
         Stage(last, 0, False),
     )
+
+
+def _tiles(side: float) -> bool:
+    halvings = math.log2(side / NARROWEST)
+    return halvings >= 0 and halvings == int(halvings)
 
 
 class Encoder(Protocol):

@@ -79,6 +79,7 @@ class Head(nn.Module):
         self.relu = enn.ReLU(hidden)
         invariant = all(kind is Kind.SCALAR for kind in predict)
         self.pool = enn.GroupPooling(hidden) if invariant else None
+        self._max = _MaxOfFields(space.regular_repr.size)
         self.last = _conv(self.pool.out_type if self.pool else hidden, _type(space, predict), 1)
         self.register_buffer("_given_to_display", _to_display(spec, given), persistent=False)
         self.register_buffer("_display_to_world", _to_display(spec, predict).T, persistent=False)
@@ -93,15 +94,15 @@ class Head(nn.Module):
             joint = acted.unflatten(0, leading) + hidden.tensor  # the features, once, against every action
             hidden = enn.GeometricTensor(joint.flatten(0, -4), hidden.type)
         hidden = self.relu(hidden)
-        if self.pool is not None:
-            hidden = self.pool(hidden)
+        if self.pool is not None:  # e2cnn's own asks a GPU for indices, and waits for them
+            hidden = enn.GeometricTensor(self._max(hidden.tensor), self.pool.out_type)
         predicted = self.last(hidden).tensor.flatten(1)
         return (predicted @ self._display_to_world.T).unflatten(0, leading)
 
     def export(self) -> nn.Module:
         hidden = _exported(self.from_features)
         given = None if self.from_given is None else _exported(self.from_given)
-        pool = None if self.pool is None else _MaxOfFields(self.pool.in_type.representations[0].size)
+        pool = None if self.pool is None else self._max
         return _ExportedHead(hidden, given, pool, _exported(self.last), self._given_to_display, self._display_to_world)
 
 
@@ -193,6 +194,12 @@ class _Conv(enn.R2Conv):
                 if of.gspace not in _HARMONICS:
                     _HARMONICS[of.gspace] = Harmonics(basis, regular)
                 self._harmonics = copy.deepcopy(_HARMONICS[of.gspace])
+        self.train()  # else its caches for evaluation, all zeros, are four fifths of a checkpoint
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *how: Any) -> None:
+        for cache in ("filter", "expanded_bias"):  # of checkpoints that still have them
+            state_dict.pop(prefix + cache, None)
+        super()._load_from_state_dict(state_dict, prefix, *how)
 
     def forward(self, input: enn.GeometricTensor) -> enn.GeometricTensor:
         image = input.tensor

@@ -14,6 +14,11 @@ LOWEST = -3.0
 """Deeper than this many scales below the tool, depth carries nothing that the policy needs."""
 
 
+def deepest_m(spec: ObservationSpec) -> float:
+    """Depth from which on a network sees no difference."""
+    return spec.plane_above_tool_m - LOWEST * HEIGHT_SCALE_M
+
+
 class Stem(nn.Module):
     """State -> image [B, 2, S, S]: height relative to the tool, and the gripper's state tiled over the view.
 

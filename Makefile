@@ -18,11 +18,12 @@ help: ## This list
 
 setup: $(VENV)/.ready ## Make .venv with everything that the demo and the tests need
 
-# An editable install, so that the tests see the working tree; made again when pyproject.toml changes.
+# An editable install, so that the tests see the working tree; made again when pyproject.toml changes. Python compiles
+# what is imported: to compile all that is installed took a minute more.
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "training needs Python 3.11 to 3.13 (numpy < 2.3 has no wheel for newer ones): make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	touch $@
 
 demo: ## Collect, train, export, serve, evaluate, report: SEED, EPISODES, MINUTES, EVAL_EPISODES, OUTPUT=runs/demo

@@ -1,7 +1,7 @@
-"""Run by torchrun in test_loop: some updates, then what this process's agent has become."""
+"""Run by torchrun in test_loop: for each named run some updates, then what this process's agent has become."""
 
 import hashlib
-import os
+import json
 import sys
 from typing import Any
 
@@ -10,8 +10,12 @@ from training.agents.agent import Diverged
 from training.config import parse
 from training.loop import Run
 
-if __name__ == "__main__":
-    run = Run(parse(sys.argv[1:]))
+DIVERGES = "diverges"
+"""In the run of this name, the data of one process turn to NaN."""
+
+
+def say(name: str, arguments: list[str]) -> None:
+    run = Run(parse(arguments))
     drawn: list[int] = []
     draw = run.dataset.draw
 
@@ -21,15 +25,21 @@ if __name__ == "__main__":
         return index
 
     object.__setattr__(run.dataset, "draw", noted)  # it is frozen
-    if os.environ.get("DIVERGES") == str(run.processes.rank):
+    who = f"{name}: rank {run.processes.rank}"
+    if name == DIVERGES and run.processes.rank == 1:
         run.dataset.reward[:] = float("nan")
     try:
         while run.progress < 1:
             run.step()
     except Diverged as error:
-        print(f"rank {run.processes.rank} stopped: {error}", flush=True)
-        sys.exit(distributed.leave())
-    print(f"rank {run.processes.rank} drew {hashlib.sha256(str(drawn).encode()).hexdigest()}", flush=True)
+        print(f"{who} stopped: {error}", flush=True)
+        return
+    print(f"{who} drew {hashlib.sha256(str(drawn).encode()).hexdigest()}", flush=True)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in run.learner.agent.parameters()))
-    print(f"rank {run.processes.rank} has {digest.hexdigest()}", flush=True)
+    print(f"{who} has {digest.hexdigest()}", flush=True)
+
+
+if __name__ == "__main__":
+    for name, arguments in json.loads(sys.argv[1]).items():
+        say(name, arguments)
     distributed.leave()

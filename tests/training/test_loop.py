@@ -16,6 +16,7 @@ import torch
 
 from protos.errors import Rejected
 from tests.training.conftest import write_dataset
+from tests.training.one_agent import DIVERGES
 from tests.training.test_run import arguments, begun, command, same, to_its_end, weights
 from training.agents.agent import Diverged
 from training.config import parse
@@ -60,37 +61,51 @@ def test_a_batch_is_shared_out_among_processes_or_refused() -> None:
         Processes(0, 3).share(32)
 
 
-def two_processes(module: str, *args: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+def in_two_processes(module: str, *args: str) -> "subprocess.CompletedProcess[str]":
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
-    environment = os.environ | variables
-    return subprocess.run(
-        [*torchrun, *args], capture_output=True, text=True, check=False, timeout=300, env=environment
-    )  # fmt: skip
+    return subprocess.run([*torchrun, *args], capture_output=True, text=True, check=False, timeout=300)
 
 
-def in_two_processes(module: str, *args: str) -> str:
-    """What they print."""
-    done = two_processes(module, *args)
+LEARN = {"cql": ("cql",), "iql": ("iql", "--iql.values-first", "0.5"), DIVERGES: ("iql",)}
+
+
+@pytest.fixture(scope="module")
+def together(reach_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where two processes learned, by the names above, and what they said: torchrun takes longer than all of it."""
+    home = tmp_path_factory.mktemp("together")
+    runs = {
+        name: arguments(reach_path, home / name, "--updates", "6", "--threads", "1", "--algo", *flags)
+        for name, flags in LEARN.items()
+    }
+    done = in_two_processes("tests.training.one_agent", json.dumps(runs))
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    return home, done.stdout
 
 
-@pytest.mark.parametrize("flags", ["cql", "iql --iql.values-first 0.5"])
-def test_two_processes_train_one_agent(flags: str, reach_path: Path, tmp_path: Path) -> None:
-    args = arguments(reach_path, tmp_path / "run", "--updates", "6", "--algo", *flags.split(), "--threads", "1")
-    said = in_two_processes("tests.training.one_agent", *args)
-    first, second = (re.findall(rf"rank {rank} has (\w{{64}})", said) for rank in (0, 1))
+@pytest.mark.parametrize("name", ["cql", "iql"])
+def test_two_processes_train_one_agent(name: str, together: tuple[Path, str]) -> None:
+    _, said = together
+    first, second = (re.findall(rf"{name}: rank {rank} has (\w{{64}})", said) for rank in (0, 1))
     assert first == second
     assert len(first) == 1
-    first, second = (re.findall(rf"rank {rank} drew (\w{{64}})", said) for rank in (0, 1))
+    first, second = (re.findall(rf"{name}: rank {rank} drew (\w{{64}})", said) for rank in (0, 1))
     assert first != second, "each learns from transitions of its own"
+
+
+def test_where_one_of_two_processes_diverges_both_stop_and_one_says_why(together: tuple[Path, str]) -> None:
+    home, said = together
+    stopped = dict(re.findall(rf"{DIVERGES}: rank (\d) stopped: (.*)", said))
+    assert "another process" in stopped["0"]
+    assert "losses/critic" in stopped["1"]
+    assert "losses/critic" in json.loads((home / DIVERGES / "diverged.json").read_text())["what"]
 
 
 def test_of_two_processes_one_logs_saves_and_exports(reach_path: Path, tmp_path: Path) -> None:
     args = arguments(reach_path, tmp_path / "run", "--updates", "6", "--algo", "cql", "--threads", "1")
-    said = in_two_processes("training.run", *args)
-    assert "2 processes" in said
-    assert said.count("policy.onnx") == 1
+    done = in_two_processes("training.run", *args)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 processes" in done.stdout
+    assert done.stdout.count("policy.onnx") == 1
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["updates"] == 6
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
 
@@ -98,19 +113,10 @@ def test_of_two_processes_one_logs_saves_and_exports(reach_path: Path, tmp_path:
 def test_processes_that_cannot_be_evaluated_all_say_so(reach_path: Path, tmp_path: Path) -> None:
     """Or the others would meet a leader that has left."""
     args = arguments(reach_path, tmp_path / "run", "--updates", "6", "--eval-every", "3", "--threads", "1")
-    done = two_processes("training.run", *args)
+    done = in_two_processes("training.run", *args)
     assert done.returncode
     assert "--eval-every" in done.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_where_one_of_two_processes_diverges_both_stop_and_one_says_why(reach_path: Path, tmp_path: Path) -> None:
-    args = arguments(reach_path, tmp_path / "run", "--updates", "6", "--algo", "iql", "--threads", "1")
-    done = two_processes("tests.training.one_agent", *args, DIVERGES="1")
-    stopped = dict(re.findall(r"rank (\d) stopped: (.*)", done.stdout))
-    assert "another process" in stopped["0"]
-    assert "losses/critic" in stopped["1"]
-    assert "losses/critic" in json.loads((tmp_path / "run" / "diverged.json").read_text())["what"]
 
 
 def test_more_processes_than_gpus_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

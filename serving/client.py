@@ -74,6 +74,11 @@ class Connection:
             raise ValueError("--tls-cert and --tls-key go together")
         if self.token and self.token_file:
             raise ValueError("either --token or --token-file")
+        try:
+            if self.token_file and not self._secret:
+                raise ValueError(f"--token-file {self.token_file} is empty")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--token-file {self.token_file}: {error}") from error
 
     @property
     def tls(self) -> Tls | None:

@@ -64,7 +64,7 @@ class FlightFile:
         self.messages = 0
         self._file = path.open("xb", buffering=0)
         with contextlib.suppress(OSError):  # a file system that knows no locks
-            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX)  # who looks whether it is locked holds it for a moment
         self._held = _Held()
         self._writer = Writer(self._held, 1, CompressionType.LZ4, IndexType.CHUNK)
         self._writer.start(PROFILE, LIBRARY)

@@ -83,14 +83,14 @@ class Library:
                 if stopped():
                     return False
                 policies.append(self._proved(path, name))
-            if stopped():
-                return False
             if not policies:
                 raise StartupError(f"no policy in {self.folder}: put NAME.onnx there, or give --policy")
             _require_apart(policies)
             if default and default not in [p.name for p in policies]:
                 known = ", ".join(p.name for p in policies)
                 raise StartupError(f"--default-policy must be one of {known}, got {default}")
+            if stopped():
+                return False
             self.registry.publish(policies, default)
             for policy in policies:
                 self._say_live(policy)

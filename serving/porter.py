@@ -1,6 +1,7 @@
 """Refuses at the door: the message of a call that the model has no room for is neither handed over nor parsed."""
 
 import functools
+import logging
 import threading
 import time
 from collections import Counter
@@ -16,14 +17,17 @@ from serving.answering import Answering
 from serving.dispatcher import Dispatcher
 from serving.security import Gate
 
+log = logging.getLogger(__name__)
+
 OURS = "/equiserve.v1."
 NO_MESSAGE = "request: expected one message, got none"
 ACTING = frozenset(f"{OURS}PolicyService/{method}" for method in ("GetAction", "GetActionBatch"))
 
 AWAITED = 8
 """Calls of one client whose message has not come: a thread waits for each, and nobody may take all of those."""
-MESSAGE_S = 3.0
-"""Whose message has not come by then is cancelled: many clients together could take all threads, too."""
+MESSAGE_S, QUESTION_S, NEXT_S = 15.0, 3.0, 60.0
+"""Whose message has not come by then is cancelled: many clients together could take all threads, too. 4 MiB at 2 Mbit/s
+take as long; what asks for health or reflection is short. A stream of reflection may rest before it asks again."""
 
 
 class Porter(grpc.ServerInterceptor):
@@ -31,7 +35,7 @@ class Porter(grpc.ServerInterceptor):
 
     To gRPC a method is one with a stream of requests, of which it reads one; on the wire that is the same. What is not
     ours, health and reflection, has threads of its own, and its streams others than its checks: nobody waits for a
-    thread that a stream holds. `close` ends the thread that looks for messages which do not come.
+    thread that a stream holds. From `start` to `close`, a thread looks for messages that do not come.
     """
 
     def __init__(
@@ -46,8 +50,11 @@ class Porter(grpc.ServerInterceptor):
         self._dispatcher, self._gate, self._answering = dispatcher, gate, answering
         self._checks, self._streams = checks, streams
         self._awaited: Counter[str] = Counter()
-        self._since: dict[grpc.ServicerContext, float] = {}
+        self._due: dict[grpc.ServicerContext, float] = {}
+        """Until when (time.monotonic) the message of a call must have come."""
         self._lock, self._closed = threading.Lock(), threading.Event()
+
+    def start(self) -> None:
         threading.Thread(target=self._cancel_the_late, name="porter", daemon=True).start()
 
     def close(self) -> None:
@@ -67,6 +74,7 @@ class Porter(grpc.ServerInterceptor):
     def _waiting(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
         method, behave = details.method.rpartition("/")[2], handler.unary_unary
         acts = details.method in ACTING
+        within_s = MESSAGE_S if details.method.startswith(OURS) else QUESTION_S
         repeats = any(key == RETRY for key, _ in details.invocation_metadata or ())
 
         def enter(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
@@ -82,7 +90,7 @@ class Porter(grpc.ServerInterceptor):
             except Exception:
                 self._answering.fail(method, context)
             try:
-                with self._awaiting(context):
+                with self._awaiting(context, within_s):
                     request = next(requests, None)
             finally:
                 self._end_wait(client)
@@ -97,38 +105,42 @@ class Porter(grpc.ServerInterceptor):
         behave = handler.stream_stream or handler.unary_stream
 
         def messages(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+            within_s = QUESTION_S
             while True:
-                with self._awaiting(context):
+                with self._awaiting(context, within_s):
                     request = next(requests, None)
                 if request is None:
                     return
                 yield request
+                within_s = NEXT_S
 
-        def enter(requests: Iterator[Any], context: grpc.ServicerContext, *send: Any, **how: Any) -> Any:
+        def enter(requests: Iterator[Any], context: grpc.ServicerContext, *send: Any) -> Any:
             asked: Any = messages(requests, context)
             if handler.unary_stream is not None and (asked := next(asked, None)) is None:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
-            return behave(asked, context, *send, **how)
+            return behave(asked, context, *send)
 
         enter.__dict__.update(getattr(behave, "__dict__", {}))  # whether it answers by callback
         return grpc.stream_stream_rpc_method_handler(enter, handler.request_deserializer, handler.response_serializer)
 
     @contextmanager
-    def _awaiting(self, context: grpc.ServicerContext) -> Iterator[None]:
+    def _awaiting(self, context: grpc.ServicerContext, within_s: float) -> Iterator[None]:
         with self._lock:
-            self._since[context] = time.monotonic()
+            self._due[context] = time.monotonic() + within_s
         try:
             yield
         finally:
             with self._lock:
-                del self._since[context]
+                del self._due[context]
 
     def _cancel_the_late(self) -> None:
-        while not self._closed.wait(MESSAGE_S / 4):
+        while not self._closed.wait(QUESTION_S / 4):
             with self._lock:
-                late = [c for c, since in self._since.items() if time.monotonic() - since >= MESSAGE_S]
+                late = [context for context, due in self._due.items() if time.monotonic() >= due]
             for context in late:
                 context.cancel()
+            if late:
+                log.info("%d calls were cancelled: their messages did not come", len(late))
 
     def _begin_to_wait(self, client: str) -> None:
         with self._lock:

@@ -143,6 +143,7 @@ class Server:
             self.recorder = Recorder(config.record, config.record_file_mib * mib, config.record_total_mib * mib)
         if config.metrics_port is not None:
             self.metrics_port = self.metrics.expose(config.metrics_port)
+        self._porter.start()
         self._grpc.start()
 
     def load(self) -> bool:

@@ -71,7 +71,6 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
                 _require_mode(request.mode)
                 episode = self._sessions.get(request.episode_id)
                 episode.require_pinned(request)
-                _require_contract(request.contract_digest, episode.policy)  # of a repeated step, too
                 return episode.step(request, call.patience_s, lambda before: self._act(request, call, episode, before))
             if request.step:
                 raise Rejected("step", "0 outside an episode", str(request.step), "call StartEpisode first")
@@ -129,7 +128,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             _require_mode(request.mode)
             limits = self._limits.tightened(self._limits.fields, spec.action, refuse_wider=False)
             envelope = Envelope(spec, limits.tightened(request.limits, spec.action))
-            episode = self._sessions.start(call.client, policy, envelope, request.mode or pb.MODE_GREEDY, request.seed)
+            episode = self._sessions.start(policy, envelope, request.mode or pb.MODE_GREEDY, request.seed)
             in_force = envelope.limits.in_force(spec.action)
             response = pb.StartEpisodeResponse(
                 episode_id=episode.id,

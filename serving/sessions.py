@@ -30,7 +30,6 @@ class Episode:
     """One run of a robot. `mode` and `seed` are those of StartEpisode; a mode left out there is greedy here."""
 
     id: str
-    client: str
     policy: Policy
     envelope: Envelope
     mode: pb.Mode
@@ -49,6 +48,7 @@ class Episode:
             "version": (request.version, self.policy.version),
             "mode": (request.mode and pb.Mode.Name(request.mode), pb.Mode.Name(self.mode)),
             "seed": (request.seed, self.seed),
+            "contract_digest": (request.contract_digest, self.policy.spec.digest),
         }
         for name, (asked, pinned) in settled.items():
             if asked and asked != pinned:
@@ -65,21 +65,7 @@ class Episode:
                 DEADLINE_EXCEEDED when an earlier call of this episode takes longer than `patience_s`,
                 RESOURCE_EXHAUSTED when WAITING calls wait for it already.
         """
-        remedy = "one call at a time in an episode"
-        if not self._places.acquire(blocking=False):
-            expected = f"at most {WAITING} calls that wait for the one before"
-            raise Rejected("step", expected, "one more", remedy, Status.RESOURCE_EXHAUSTED)
-        try:
-            return self._in_turn(request, patience_s, answer, remedy)
-        finally:
-            self._places.release()
-
-    def _in_turn(
-        self, request: pb.GetActionRequest, patience_s: float, answer: Answer, remedy: str
-    ) -> pb.GetActionResponse:
-        with self._alone("step", patience_s, remedy):
-            if self._ended:  # while this call waited
-                raise _unknown(self.id, "it ended")
+        with self._alone("step", patience_s):
             self.touched = time.monotonic()
             if self._last is not None:
                 asked, answered = self._last
@@ -99,23 +85,30 @@ class Episode:
         """Take no more steps; returns how many there were, the one under way included.
 
         Raises:
-            Rejected: DEADLINE_EXCEEDED when that takes longer than `patience_s`, and nothing has ended; NOT_FOUND where
-                it has ended before.
+            Rejected: DEADLINE_EXCEEDED when that takes longer than `patience_s`, RESOURCE_EXHAUSTED when WAITING calls
+                wait already, and nothing has ended; NOT_FOUND where it has ended before.
         """
-        with self._alone("episode_id", patience_s, "try again"):
-            if self._ended:
-                raise _unknown(self.id, "it ended")
+        with self._alone("episode_id", patience_s):
             self._ended = True
             return self.steps
 
     @contextmanager
-    def _alone(self, field: str, patience_s: float, remedy: str) -> Iterator[None]:
-        if not self._turn.acquire(timeout=patience_s):
-            raise Rejected(field, "the call before to be over", "none", remedy, Status.DEADLINE_EXCEEDED)
+    def _alone(self, field: str, patience_s: float) -> Iterator[None]:
+        remedy = "one call at a time in an episode"
+        if not self._places.acquire(blocking=False):
+            expected = f"at most {WAITING} calls that wait for the one before"
+            raise Rejected(field, expected, "one more", remedy, Status.RESOURCE_EXHAUSTED)
         try:
-            yield
+            if not self._turn.acquire(timeout=patience_s):
+                raise Rejected(field, "the call before to be over", "none", remedy, Status.DEADLINE_EXCEEDED)
+            try:
+                if self._ended:  # while this call waited
+                    raise _unknown(self.id, "it ended")
+                yield
+            finally:
+                self._turn.release()
         finally:
-            self._turn.release()
+            self._places.release()
 
 
 class Sessions:
@@ -131,15 +124,15 @@ class Sessions:
             self._forget_idle()
             return len(self._open)
 
-    def start(self, client: str, policy: Policy, envelope: Envelope, mode: pb.Mode, seed: int) -> Episode:
+    def start(self, policy: Policy, envelope: Envelope, mode: pb.Mode, seed: int) -> Episode:
         """Raises Rejected, RESOURCE_EXHAUSTED, when too many are open, and each had a call within SPARED_S."""
-        episode = Episode(uuid.uuid4().hex, client, policy, envelope, mode, seed)
+        episode = Episode(uuid.uuid4().hex, policy, envelope, mode, seed)
         with self._lock:
             self._forget_idle()
             if len(self._open) >= self._limit:
-                self._make_room(client)
+                self._make_room()
             if len(self._open) >= self._limit:
-                remedy = f"end episodes with EndEpisode; idle ones are forgotten after {self._idle_s:g} s"
+                remedy = f"end episodes with EndEpisode; one that is idle for {SPARED_S:g} s makes room"
                 got = f"{len(self._open)} open"
                 expected = f"fewer than {self._limit} episodes"
                 raise Rejected("server", expected, got, remedy, Status.RESOURCE_EXHAUSTED)
@@ -165,12 +158,12 @@ class Sessions:
         why = f"it ended, was idle for {self._idle_s:g} s, made room for another, or the server was started again"
         raise _unknown(episode_id, why)
 
-    def _make_room(self, client: str) -> None:
+    def _make_room(self) -> None:
         """A controller that starts an episode, dies and begins again must not lock out all others, itself included:
-        who has had no call for longest goes, the caller's own before another's."""
-        idle = [e for e in self._open.values() if time.monotonic() - e.touched >= SPARED_S]
-        if idle:
-            del self._open[min(idle, key=lambda e: (e.client != client, e.touched)).id]
+        who has had no call for longest goes."""
+        longest = min(self._open.values(), key=lambda e: e.touched)
+        if time.monotonic() - longest.touched >= SPARED_S:
+            del self._open[longest.id]
 
     def _forget_idle(self) -> None:
         now = time.monotonic()

@@ -1,6 +1,11 @@
 """How sure a success rate is, said in one place: every report and plot speaks of the same interval."""
 
+import math
+from statistics import NormalDist
 from typing import NamedTuple
+
+Z = NormalDist().inv_cdf(0.975)
+"""Of 95 %."""
 
 
 class Interval(NamedTuple):
@@ -11,8 +16,11 @@ class Interval(NamedTuple):
 
 
 def wilson(successes: int, episodes: int) -> Interval:
-    """The 95 % score interval of Wilson (1927), which is no wider than 0 to 1 where all succeed or none."""
-    from scipy.stats import binomtest  # a second to import, and needed only when a report is written
+    """The 95 % score interval (Wilson, 1927, eq. 1), which ends at 0 where none succeed and at 1 where all do.
 
-    found = binomtest(successes, episodes).proportion_ci(0.95, method="wilson")
-    return Interval(float(found.low), float(found.high))
+    scipy has it, too: a second to import and a millisecond a call, which the training loop asks for again and again.
+    """
+    rate, more = successes / episodes, Z**2 / episodes
+    middle, half = rate + more / 2, Z * math.sqrt(rate * (1 - rate) / episodes + more / (4 * episodes))
+    low, high = (middle - half) / (1 + more), (middle + half) / (1 + more)
+    return Interval(low if successes else 0.0, high if successes < episodes else 1.0)

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def write(path: Path, episodes: Iterable[Episode], about: About) -> None:
         for written in (*(whole / "data").iterdir(), whole / "data", whole):
             _sync(written)  # who wrote the episodes elsewhere before removes them there next
         whole.rename(path)
-        _sync(path.parent)
+        with suppress(OSError):  # it is there, whatever became of its name's safety
+            _sync(path.parent)
 
 
 def _write_minari(folder: Path, episodes: Iterable[Episode], about: About) -> None:

@@ -83,7 +83,7 @@ class RunConfig:
     eval_episodes: int = 50
     """Episodes of each of these evaluations."""
     patience: int | None = None
-    """Stop after this many evaluations in a row without a better success rate."""
+    """Stop after this many evaluations in a row without a better success rate (its interval's lower end, that is)."""
     keep: Literal["best", "last"] = "best"
     """Which weights become policy.onnx where success was measured: best.pt or the last ones."""
     resume: bool = False

@@ -4,7 +4,7 @@ import importlib.metadata
 import logging
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,7 @@ def export(
     real = _real_observations(dataset, rng)
     _require_parity(agent, session, _random_observations(spec, rng), "random")
     _require_parity(agent, session, real, "recorded")
-    exact = tuple(Group(4, Group.parse(provenance.group).reflections))[
-        1:
-    ]  # all that a grid of pixels turns into itself
+    _, *exact = Group(4, Group.parse(provenance.group).reflections)  # under these a grid of pixels is itself
     quarter = _equivariance_error(session, real, exact, spec)
     if agent.actor.steerable and not quarter <= SYMMETRY_BOUND:
         under = "quarter turns and reflections" if len(exact) > 3 else "quarter turns"
@@ -225,7 +223,7 @@ def _answers(agent: Agent, state: State) -> dict[str, tuple[NDArray[np.float32],
 
 
 def _equivariance_error(
-    session: onnxruntime.InferenceSession, state: State, turns: tuple[Element, ...], spec: PolicySpec
+    session: onnxruntime.InferenceSession, state: State, turns: Sequence[Element], spec: PolicySpec
 ) -> float:
     """max |pi(g s) - rho(g) pi(s)| of the graph that will be served, in normalised units."""
     before = _normalized(session, state)

@@ -152,10 +152,10 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
                 saved = run.seconds
         if leads:
             run.save()
-        if evaluations and evaluations.exhausted and run.progress < 1:
+        if evaluations and evaluations.exhausted and run.progress < 1 and not stop.is_set():
             tqdm.write(
-                f"--patience {run.config.patience}: so many evaluations brought nothing better, so training ends after "
-                f"{run.progress:.0%} of its budget; --resume with a larger --patience goes on"
+                f"--patience {run.config.patience}: so many evaluations brought nothing better, so training ends here; "
+                "--resume with a larger --patience goes on"
             )
         run.processes.meet()
         if evaluations and not stop.is_set():

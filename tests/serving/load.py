@@ -18,6 +18,8 @@ from serving.client import PolicyClient
 
 BETWEEN_CALLS_S = 0.005
 """Callers that wait for each answer ask for all there is, and on a busy machine one of them for more than its share."""
+ROOM = ("--queue", "8", "--max-wait-ms", "10000", "--client-hz", "1000")
+"""For a few callers who ask as fast as they are answered: of these, nobody is refused for want of it."""
 DRAINED = {"OK", "UNAVAILABLE", "CANCELLED"}
 """What callers may see of a drain. CANCELLED: met grpc's shutdown on its way, was never accepted."""
 SOAKED = {"OK", "cancelled", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}

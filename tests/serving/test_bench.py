@@ -89,7 +89,9 @@ def test_it_is_let_in_like_a_robot(serve, healthy, tmp_path):
     """By a token, with a pose for a server that keeps a workspace."""
     secret, box = new_token("load", ("act",), tmp_path / "tokens"), (0.3, 0.7, -0.25, 0.25, 0.0, 0.5)
     running = serve(policy=(str(healthy),), tokens=tmp_path / "tokens", workspace=box)
-    flags = ("--server", running.server.address, "--token", secret, "--seconds", 0.5, "--deadline-ms", 20_000)
+    (tmp_path / "secret").write_text(f"{secret}\n")
+    flags = ("--server", running.server.address, "--token-file", tmp_path / "secret")
+    flags += ("--seconds", 0.5, "--deadline-ms", 20_000)
     process, found = bench(tmp_path, *flags)
     assert process.returncode == 0, process.stdout + process.stderr
     assert found["codes"].keys() == {"OK"}

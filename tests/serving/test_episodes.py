@@ -195,7 +195,7 @@ def test_an_episode_ends_once(running, outcome):
 def test_of_two_calls_that_end_an_episode_at_once_one_is_too_late(policy):
     """Or its end would be recorded twice."""
     sessions = Sessions(limit=1, idle_s=60.0)
-    episode = sessions.start("arm", policy, None, 0, 0)
+    episode = sessions.start(policy, None, 0, 0)
     both, lock = threading.Barrier(2), threading.Lock()
 
     class Slow:
@@ -241,19 +241,17 @@ def test_an_end_waits_for_the_step_under_way(serve, healthy):
 
 def test_who_starts_episodes_and_dies_locks_nobody_out(policy):
     sessions = Sessions(limit=3, idle_s=600.0)
-    others, mine, more = (sessions.start(client, policy, None, 0, 0) for client in ("arm", "loop", "loop"))
-    with pytest.raises(Rejected) as refused:
-        sessions.start("loop", policy, None, 0, 0)
-    assert refused.value.status is Status.RESOURCE_EXHAUSTED
-    for episode, idle_s in ((others, 90.0), (mine, 60.0), (more, 40.0)):
+    open_ = [sessions.start(policy, None, 0, 0) for _ in range(3)]
+    for episode, idle_s in zip(open_, (29.0, 25.0, 0.0), strict=True):
         episode.touched -= idle_s
-    sessions.start("loop", policy, None, 0, 0)  # its own comes before another's that was idle for longer
-    assert [sessions.get(e.id) for e in (others, more)] == [others, more]
+    with pytest.raises(Rejected) as refused:
+        sessions.start(policy, None, 0, 0)
+    assert refused.value.status is Status.RESOURCE_EXHAUSTED
+    open_[1].touched -= 10.0
+    sessions.start(policy, None, 0, 0)
+    assert [sessions.get(open_[i].id) for i in (0, 2)] == [open_[0], open_[2]]
     with pytest.raises(Rejected, match="made room"):
-        sessions.get(mine.id)
-    sessions.start("new", policy, None, 0, 0)
-    with pytest.raises(Rejected, match="made room"):
-        sessions.get(others.id)
+        sessions.get(open_[1].id)
 
 
 def test_episodes_are_bounded_and_idle_ones_forgotten(serve, healthy):

@@ -337,33 +337,34 @@ def test_the_model_does_not_think_for_callers_who_left(held):
     assert running.server.dispatcher.expired == 1
 
 
-@pytest.mark.parametrize("held", [{"valid_for_ms": 500.0}], indirect=True)
+@pytest.mark.parametrize("held", [{"valid_for_ms": 3000.0}], indirect=True)
 def test_a_frame_that_grows_too_old_in_the_line_never_reaches_the_model(held):
     running, first, release = held
     begun = time.monotonic()
-    code, parts = refusal(running.stub.GetAction, acting(2, age_us=200_000), timeout=10)
+    code, parts = refusal(running.stub.GetAction, acting(2, age_us=1_500_000), timeout=20)
     assert (code, parts["field"]) == ("OUT_OF_RANGE", "observation.age_us")
-    assert 0.25 < time.monotonic() - begun < 5  # it waited as long as it could, and no longer
+    assert 1.4 < time.monotonic() - begun < 9  # it waited as long as it could, and no longer
     release.set()
     assert first.result()
     assert (running.runs, running.server.dispatcher.expired) == (1, 1)
 
 
-@pytest.mark.parametrize("age_us", [0, 400_000])
+@pytest.mark.parametrize("age_us", [0, 2_800_000])
 def test_a_message_that_comes_late_makes_its_frame_older(serve, healthy, age_us):
-    running = serve(policy=(str(healthy),), valid_for_ms=500.0)
+    running = serve(policy=(str(healthy),), valid_for_ms=3000.0)
+    running.stub.GetStats(pb.GetStatsRequest())  # connects
     path = "/equiserve.v1.PolicyService/GetAction"
     method = running.channel.stream_unary(path, response_deserializer=pb.GetActionResponse.FromString)
 
     def late():
-        time.sleep(0.15 if age_us else 0.0)
+        time.sleep(0.5 if age_us else 0.0)
         yield acting(1, age_us=age_us).SerializeToString()
 
     if age_us:
         code, parts = refusal(method, late(), timeout=10)
         assert (code, parts["field"], running.runs) == ("OUT_OF_RANGE", "observation.age_us", 0)
     else:
-        assert method(late(), timeout=10).valid_for_us == 500_000
+        assert method(late(), timeout=10).valid_for_us == 3_000_000
 
 
 def test_a_refusal_and_an_answer_tell_their_request_id(running):

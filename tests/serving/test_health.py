@@ -5,12 +5,13 @@ import struct
 import threading
 import time
 from contextlib import suppress
+from unittest import mock
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from serving.health import MOST_WATCHERS
+from serving.health import MOST_WATCHERS, HealthService
 from serving.server import Server
 from tests.makers import settings
 from tests.serving.load import connect
@@ -19,6 +20,15 @@ from tests.serving.test_dispatcher import until
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 DATA, HEADERS, SETTINGS, PING, ACK, INITIAL_WINDOW_SIZE = 0, 1, 4, 6, 1, 4
 END_STREAM, END_HEADERS = 1, 4
+
+
+def test_a_watcher_that_is_gone_before_he_is_heard_leaves_nothing():
+    health = HealthService()
+    gone = mock.Mock(is_active=lambda: False, add_callback=lambda _: False)
+    for _ in range(MOST_WATCHERS + 1):
+        health.Watch(health_pb2.HealthCheckRequest(), gone, mock.Mock())
+        until(lambda: health._room._value == MOST_WATCHERS)
+    assert not health._send_response_callbacks[""]
 
 
 class Deaf:

@@ -1,5 +1,6 @@
 """Start and stop: nothing is served before it is proved, nothing is cut off that is under way."""
 
+import contextlib
 import re
 import signal
 import socket
@@ -82,12 +83,15 @@ def test_a_signal_while_policies_prove_themselves_ends_the_start(launch, healthy
     address = f"localhost:{free_port()}"
     many = [part for i in range(200) for part in ("--policy", f"p{i}={healthy}")]
     process = launch(*many, "--listen", address)
-    while True:  # it listens as soon as it starts to load
-        try:
-            assert status_of(address) == Health.NOT_SERVING
-            break
-        except grpc.RpcError:
-            time.sleep(0.02)
+
+    def listens():  # as soon as it starts to load
+        with contextlib.suppress(grpc.RpcError):
+            return status_of(address) == Health.NOT_SERVING
+        assert process.poll() is None
+        return False
+
+    until(listens, 30)
+    time.sleep(0.1)  # until it also hears signals
     process.send_signal(signal.SIGTERM)
     out, errors = process.communicate(timeout=10)
     assert process.returncode == 0, errors
@@ -115,8 +119,8 @@ def test_sighup_takes_up_policies_and_tokens(launch, tmp_path):
         tokens.write_text("".join(line for line in tokens.read_text().splitlines(True) if not line.startswith("first")))
         tiny_policy_file(folder / "door.onnx", weight=1.5)
         process.send_signal(signal.SIGHUP)
-        until(lambda: seen(secrets[0]) == "UNAUTHENTICATED" and seen(secrets[1]) != before)
-        assert re.fullmatch("[0-9a-f]{12}", seen(secrets[1]))
+        until(lambda: seen(secrets[0]) == "UNAUTHENTICATED")
+        until(lambda: re.fullmatch("[0-9a-f]{12}", seen(secrets[1])) and seen(secrets[1]) != before)
 
 
 LISTENER = """

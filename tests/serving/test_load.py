@@ -13,15 +13,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from tests.serving.conftest import REPOSITORY, address_of
-from tests.serving.load import DRAINED, SOAKED, Vitals, connect, drained, rude_client
+from tests.serving.load import DRAINED, ROOM, SOAKED, Vitals, connect, drained, rude_client
 from tests.serving.requests import acting
 from tests.serving.test_metrics import counted
 
 
 @pytest.mark.parametrize("round_", range(3))
 def test_a_drain_under_load_fails_no_call_that_was_accepted(launch, healthy, round_):
-    room = ("--queue", "8", "--max-wait-ms", "10000", "--client-hz", "1000")
-    process = launch("--policy", healthy, "--listen", "localhost:0", *room)
+    process = launch("--policy", healthy, "--listen", "localhost:0", *ROOM)
     status, seen, answered = drained(process, address_of(process))
     assert status == 0
     assert seen["OK"] == answered > 0

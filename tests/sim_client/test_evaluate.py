@@ -236,6 +236,15 @@ def test_half_a_certificate_is_refused() -> None:
         Connection(tls_cert=Path("robot.pem"))
 
 
+def test_a_token_file_that_holds_none_is_refused_by_its_flag(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n")
+    for file, words in (("empty", "is empty"), ("nothing", "No such file"), (".", "Is a directory")):
+        with pytest.raises(ValueError, match=f"--token-file .*{words}"):
+            Connection(token_file=tmp_path / file)
+    with pytest.raises(ValueError, match="either --token or --token-file"):
+        Connection(token="a secret", token_file=tmp_path / "empty")
+
+
 def test_a_server_that_is_ready_need_not_be_waited_for(server, played) -> None:
     assert evaluate(Evaluate(Connection(server.address), episodes=1, wait_s=0))["episodes"] == 1
 

@@ -48,7 +48,8 @@ class Geometry:
         action, view = _numbers("action", raw.action), self.spec.observation
         metres = self.depth_slope * depth + self.depth_offset_m
         if self.depth_missing is not None:
-            metres[np.isclose(depth, self.depth_missing, rtol=0, atol=0, equal_nan=True)] = view.depth_min_m
+            missing = float(np.asarray(self.depth_missing).astype(raw.depth.dtype))  # 65.535 is another in float32
+            metres[(depth == missing) | (np.isnan(depth) & np.isnan(missing))] = view.depth_min_m
         opened = (gripper - self.gripper_zero) / (self.gripper_one - self.gripper_zero)
         episode = Episode(
             depth=_rounded(metres, view.depth_min_m, view.depth_max_m),

@@ -18,7 +18,7 @@ from serving.security import new_token
 from tests.benchmarks.serving.measure import REPOSITORY, Row, served
 from tests.makers import tiny_policy_file
 from tests.serving.conftest import start
-from tests.serving.load import DRAINED, SOAKED, Vitals, connect, drained, rude_client
+from tests.serving.load import DRAINED, ROOM, SOAKED, Vitals, connect, drained, rude_client
 from tests.serving.test_admin import reloads_under_load
 from tests.serving.test_envelope import random_outputs_outside
 from tests.serving.test_episodes import bad_network
@@ -123,7 +123,7 @@ class served_to_end:
     def __init__(self, policy: Path) -> None:
         command = [sys.executable, "-m", "serving.server", "--policy", str(policy), "--listen", "localhost:0"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen([*command, "--queue", "8"], cwd=REPOSITORY, **pipes)
+        self._process = subprocess.Popen([*command, *ROOM], cwd=REPOSITORY, **pipes)
 
     def __enter__(self):
         return self._process, self._process.stdout.readline().split()[-1]

@@ -11,7 +11,7 @@ Pure, and plain floats rather than numpy: five numbers are not worth an array. R
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,22 +77,19 @@ class Limits:
                 remedy = "limits can be tightened, never widened"
                 raise Rejected(key, f"at {'least' if floor else 'most'} {held[name]:g}", f"{value:g}", remedy)
             changed[name] = max(value, held[name]) if floor else min(value, held[name])
-        scalars = {name: value for name, value in changed.items() if name in _SCALARS}
-        fields = {name: value for name, value in changed.items() if name not in _SCALARS}
+        scalars = {name: value for name, value in changed.items() if name in SCALARS}
+        fields = {name: value for name, value in changed.items() if name not in SCALARS}
         return replace(self, fields={**self.fields, **fields}, **scalars)  # type: ignore[arg-type]
 
     def in_force(self, spec: ActionSpec) -> dict[str, float]:
         """Every limit by name, the contract's own among them; infinite where there is none."""
         own = {f.name: f.limit for f in spec.fields if f.limit is not None}
         fields = {name: min(limit, self.fields.get(name, math.inf)) for name, limit in own.items()}
-        return {**fields, **{name: getattr(self, name) for name in _SCALARS}}
-
-    def to_dict(self) -> dict[str, object]:
-        """For the record."""
-        return asdict(self)
+        return {**fields, **{name: getattr(self, name) for name in SCALARS}}
 
 
-_SCALARS = ("step_m", "jump_m", "jump_rad", "z_floor_m")
+SCALARS = ("step_m", "jump_m", "jump_rad", "z_floor_m")
+"""The limits that are no field's."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +130,10 @@ class Envelope:
         self._low, self._high = (*box.low[:2], max(box.low[2], self.limits.z_floor_m)), box.high
         self._floored = self.limits.z_floor_m >= box.low[2]
         self._bounded = any(map(math.isfinite, (*self._low, *self._high)))
+
+    def tighter(self, asked: Mapping[str, float]) -> "Envelope":
+        """This one within an episode's own limits. Raises what Limits.tightened raises."""
+        return Envelope(self.spec, self.limits.tightened(asked, self.spec.action))
 
     def require_pose(self, pose: Pose | None) -> None:
         """Raises Rejected, FAILED_PRECONDITION, when there is a workspace or a floor and no pose."""

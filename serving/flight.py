@@ -8,6 +8,7 @@ The reader is stricter than mcap's own, which skips what it does not know and ca
 import contextlib
 import fcntl
 import io
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from mcap.writer import CompressionType, IndexType, Writer
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status
+from serving.envelope import SCALARS, Limits, Workspace
 
 PROFILE, LIBRARY = "equiserve.v1", "equiserve"
 SUFFIX = ".mcap"
@@ -219,6 +221,26 @@ def _is_ours(kind: int, length: int, at: int) -> bool:
     if kind == Opcode.CHUNK:
         return _CHUNK.size <= length <= RECORD_LIMIT
     return kind == Opcode.DATA_END and length == _DATA_END_BYTES
+
+
+def recorded(limits: Limits) -> pb.FlightLimits:
+    """A server's own limits, for a recording of what it kept within them."""
+    named = {**limits.fields, **{name: getattr(limits, name) for name in SCALARS}}
+    box = limits.workspace
+    return pb.FlightLimits(
+        limits={name: value for name, value in named.items() if math.isfinite(value)},
+        workspace=[bound for axis in zip(box.low, box.high, strict=True) for bound in axis] if box else (),
+    )
+
+
+def limits_of(recorded: pb.FlightLimits) -> Limits:
+    """What was `recorded`."""
+    fields = {name: value for name, value in recorded.limits.items() if name not in SCALARS}
+    box = None
+    if recorded.workspace:
+        x0, x1, y0, y1, z0, z1 = recorded.workspace
+        box = Workspace((x0, y0, z0), (x1, y1, z1))
+    return Limits(fields, workspace=box, **{n: v for n, v in recorded.limits.items() if n in SCALARS})
 
 
 def is_under_way(path: Path) -> bool:

@@ -16,8 +16,9 @@ from typing import NamedTuple, Protocol
 from google.protobuf.message import Message
 
 from protos.equiserve.v1 import policy_pb2 as pb
+from serving.envelope import Limits
 from serving.errors import StartupError
-from serving.flight import SUFFIX, FlightFile, is_under_way
+from serving.flight import SUFFIX, FlightFile, is_under_way, recorded
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +76,15 @@ class Recorder:
 
     A file ends with the message that fills it, so it is larger by a part of that one.
 
+    Args:
+        limits: what the server keeps policies within.
+
     Raises:
         StartupError: when the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, file_bytes: int, total_bytes: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, file_bytes: int, total_bytes: int, limits: Limits) -> None:
+        self._folder, self._limits = folder, recorded(limits)
         self._file_bytes, self._total_bytes = min(file_bytes, total_bytes), total_bytes
         self.recorded = self.dropped = 0
         self._queue: SimpleQueue[_Item | None] = SimpleQueue()
@@ -158,7 +162,7 @@ class Recorder:
             self._blocked_until = time.monotonic() + TRY_AGAIN_S
             self._file = self._open(time_ns)
         if policy is not None and (policy.name, policy.version) not in self._described:
-            self._file.write(pb.FlightPolicy(policy=policy.info()), time_ns)
+            self._file.write(pb.FlightPolicy(policy=policy.info(), limits=self._limits), time_ns)
             self._described.add((policy.name, policy.version))
         size = self._file.write(item.kind(**item.fields), time_ns)
         self._blocked_until = 0.0

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 
-from protos.codec import pack_action, unpack_action, unpack_observation
+from protos.codec import pack_action, unpack_action, unpack_observation, unpack_pose
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, shown
 from protos.spaces import ActionSpec
-from serving.envelope import Envelope
+from serving.envelope import Envelope, Limits
 from serving.errors import PolicyRefused
-from serving.flight import files_of, read
+from serving.flight import files_of, limits_of, read
 from serving.policy import Policy, load
 from serving.sampling import sample
 
@@ -34,9 +35,11 @@ class Replay:
     """Run policies again on what a flight recording shows, and compare what they say with what they said.
 
     A policy is known by the SHA-256 of its file, whatever it is called. Its raw action, std and value must have the
-    same bits; sampled actions are drawn again from their seeds. The action that was answered must lie within the
-    policy's own limits. Expect the same bits on the same kind of processor with the same onnxruntime; elsewhere the
-    last ones may differ.
+    same bits; sampled actions are drawn again from their seeds. So must the action that was answered, within the
+    limits of the server and of the episode; of recordings that do not tell those, it must lie within the contract's.
+    Where messages were dropped (the server counts them), the action before, on which limits of a jump depend, may be
+    another, and a difference none. Expect the same bits on the same kind of processor with the same onnxruntime;
+    elsewhere the last ones may differ.
 
     Exit code 0: all that could be compared is the same. 1: something differs. 2: nothing could be compared, or the
     command itself could not be carried out.
@@ -87,7 +90,11 @@ class Again:
     def __init__(self, policies: Sequence[Policy]) -> None:
         self._policies = {policy.version: policy for policy in policies}
         self._envelopes = {policy.version: Envelope(policy.spec) for policy in policies}
+        self._limits: dict[str, Limits] = {}
+        """By version: what the server kept it within, where the recording tells."""
         self._episodes: dict[str, pb.StartEpisodeRequest] = {}
+        self._before: dict[str, NDArray[np.float32]] = {}
+        """The last action of each of those."""
         self.same = 0
         self.differences: list[str] = []
         """Of an action each: its file, its request, and what differs."""
@@ -102,10 +109,13 @@ class Again:
         """Raises Rejected when the file is damaged."""
         for entry in read(file):
             message = entry.message
-            if isinstance(message, pb.FlightStart):
+            if isinstance(message, pb.FlightPolicy) and message.HasField("limits"):
+                self._limits[message.policy.version] = limits_of(message.limits)
+            elif isinstance(message, pb.FlightStart):
                 self._episodes[message.response.episode_id] = message.request
             elif isinstance(message, pb.FlightEnd):
                 self._episodes.pop(message.request.episode_id, None)
+                self._before.pop(message.request.episode_id, None)
             elif isinstance(message, pb.FlightAction):
                 self._compare(file, message)
 
@@ -120,19 +130,33 @@ class Again:
             self.differences.append(f"{file}, request {recorded.request_id}: {'; '.join(different)}")
         else:
             self.same += 1
+        if policy is not None and request.episode_id in self._episodes:
+            self._before[request.episode_id] = unpack_action(response.action, policy.spec.action)
 
     def _answer(self, policy: Policy, request: pb.GetActionRequest) -> pb.GetActionResponse:
-        """What serving.servicer says before its envelope: raw_action, std and value."""
+        """What serving.servicer says: raw_action, std and value, and where limits are known the action."""
         spec = policy.spec.action
-        proposal = policy.act(unpack_observation(request.observation, policy.spec.observation))
+        observation = unpack_observation(request.observation, policy.spec.observation)
+        proposal = policy.act(observation)
         episode = self._episodes.get(request.episode_id)
         mode, seed = (episode.mode, (episode.seed, request.step)) if episode else (request.mode, request.seed)
         proposed = proposal.action
         if mode == pb.MODE_SAMPLE and proposal.sound:
             proposed = sample(proposed, proposal.std, spec, np.random.default_rng(seed))
-        return pb.GetActionResponse(
+        answer = pb.GetActionResponse(
             raw_action=pack_action(proposed, spec), std=pack_action(proposal.std, spec), value=proposal.value
         )
+        if (limits := self._limits.get(policy.version)) is not None:
+            envelope = Envelope(policy.spec, limits).tighter(episode.limits if episode else {})
+            decision = envelope.decide(
+                proposed,
+                sound=proposal.sound,
+                gripper=observation.gripper,
+                pose=unpack_pose(request.observation),
+                previous=self._before.get(request.episode_id),
+            )
+            answer.action.CopyFrom(pack_action(decision.action, spec))
+        return answer
 
     def _beyond(self, response: pb.GetActionResponse) -> list[str]:
         """The fields of what was executed that lie outside the policy's limits."""
@@ -142,7 +166,8 @@ class Again:
 
 
 def _differences(now: pb.GetActionResponse, then: pb.GetActionResponse, policy: Policy) -> list[str]:
-    left, right = (_numbers(response, policy.spec.action) for response in (then, now))
+    parts = ("raw_action", "std", *(["action"] if now.HasField("action") else []))
+    left, right = (_numbers(response, policy.spec.action, parts) for response in (then, now))
     return [
         f"{name} was {left.get(name, 'absent')}, is {right.get(name, 'absent')}"
         for name in left | right
@@ -150,13 +175,9 @@ def _differences(now: pb.GetActionResponse, then: pb.GetActionResponse, policy: 
     ]
 
 
-def _numbers(response: pb.GetActionResponse, spec: ActionSpec) -> dict[str, float]:
-    """Every number of an answer that is the policy's own, by its name."""
-    numbers = {
-        f"{part}.{name}": getattr(getattr(response, part), name)
-        for part in ("raw_action", "std")
-        for name in spec.components
-    }
+def _numbers(response: pb.GetActionResponse, spec: ActionSpec, parts: Sequence[str]) -> dict[str, float]:
+    """Every number of an answer's parts, and its value, by name."""
+    numbers = {f"{part}.{name}": getattr(getattr(response, part), name) for part in parts for name in spec.components}
     return numbers | ({"value": response.value} if response.HasField("value") else {})
 
 

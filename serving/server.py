@@ -140,7 +140,9 @@ class Server:
         self._watch()
         if config.record:
             mib = 2**20
-            self.recorder = Recorder(config.record, config.record_file_mib * mib, config.record_total_mib * mib)
+            self.recorder = Recorder(
+                config.record, config.record_file_mib * mib, config.record_total_mib * mib, config.bounds
+            )  # fmt: skip
         if config.metrics_port is not None:
             self.metrics_port = self.metrics.expose(config.metrics_port)
         self._porter.start()

@@ -126,8 +126,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             if request.contract:
                 PolicySpec.from_json(request.contract).require_same(spec, f"policy {policy.name} {policy.version}")
             _require_mode(request.mode)
-            limits = self._limits.tightened(self._limits.fields, spec.action, refuse_wider=False)
-            envelope = Envelope(spec, limits.tightened(request.limits, spec.action))
+            envelope = self._envelope(policy).tighter(request.limits)
             episode = self._sessions.start(policy, envelope, request.mode or pb.MODE_GREEDY, request.seed)
             in_force = envelope.limits.in_force(spec.action)
             response = pb.StartEpisodeResponse(

@@ -16,6 +16,7 @@ import pytest
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from serving import recorder as recorder_module
+from serving.envelope import Limits
 from serving.errors import StartupError
 from serving.flight import FlightFile, files_of, read
 from serving.recorder import Recorder
@@ -55,7 +56,7 @@ def record(tmp_path):
     made = []
 
     def make(file_bytes=2**20, total_bytes=2**24):
-        made.append(Recorder(tmp_path, file_bytes, total_bytes))
+        made.append(Recorder(tmp_path, file_bytes, total_bytes, Limits()))
         return made[-1]
 
     yield make
@@ -315,7 +316,7 @@ def test_what_does_not_fit_is_dropped_and_counted_and_nobody_waits(record, tmp_p
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StartupError, match="--record"):
-        Recorder(tmp_path / "file", 1, 1)
+        Recorder(tmp_path / "file", 1, 1, Limits())
 
 
 def test_after_kill_9_all_that_was_whole_is_read(launch, healthy, tmp_path):

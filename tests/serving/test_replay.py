@@ -5,10 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protos.codec import pack_observation
 from protos.equiserve.v1 import policy_pb2 as pb
-from serving.flight import FlightFile, files_of, read
+from protos.spaces import Pose
+from serving.envelope import SCALARS, Limits, Workspace
+from serving.flight import FlightFile, files_of, limits_of, read, recorded
 from serving.replay import main
 from tests.makers import far_scene, scene, tiny_policy_file
 from tests.serving.conftest import REPOSITORY
@@ -40,8 +44,12 @@ def recording(serve, healthy, tmp_path):
     return tmp_path / "flight"
 
 
-def edited(recording, edit, *, drop=()):
-    """The recording again: `edit` made to its first greedy action outside an episode, messages of `drop` left out."""
+def edited(recording, edit, *, drop=(), limits=False):
+    """The recording again: `edit` made to its first greedy action outside an episode, messages of `drop` left out.
+
+    Args:
+        limits: what the server says that it kept; None: it does not.
+    """
     (source,) = files_of(recording)
     path, done = recording / "edited.mcap", False
     file = FlightFile(path)
@@ -50,6 +58,10 @@ def edited(recording, edit, *, drop=()):
         if not done and isinstance(message, pb.FlightAction) and not message.request.episode_id:
             message.request_id, done = "the-one", True
             edit(message.response)
+        if isinstance(message, pb.FlightPolicy) and limits is not False:
+            message.ClearField("limits")
+            if limits is not None:
+                message.limits.CopyFrom(limits)
         if not isinstance(message, drop):
             file.write(message, entry.time_ns)
     file.close()
@@ -82,9 +94,9 @@ def one_bit(message, name):
         (lambda r: one_bit(r, "value"), "value was"),
         (lambda r: r.ClearField("value"), "value was absent, is"),
         (lambda r: setattr(r.raw_action, "p", float("nan")), "raw_action.p was nan"),
-        (lambda r: setattr(r.action, "dz", 0.06), "action.lift [0.05999999865889549] is not within 0.05"),
+        (lambda r: one_bit(r.action, "dx"), "action.dx was"),
     ],
-    ids=["action", "std", "value", "no value", "nan", "beyond limits"],
+    ids=["action", "std", "value", "no value", "nan", "what was executed"],
 )
 def test_what_differs_is_named_with_its_request(recording, healthy, capsys, edit, said):
     path = edited(recording, edit)
@@ -92,6 +104,48 @@ def test_what_differs_is_named_with_its_request(recording, healthy, capsys, edit
     out = capsys.readouterr().out
     assert f"different: {path}, request the-one: {said}" in out
     assert "16 the same, 1 different" in out
+
+
+WALLS = {"workspace": (0.3, 0.7, -0.2, 0.2, 0.0, 0.5), "limits": {"lift": 0.01, "step_m": 0.02, "jump_rad": 0.05}}
+
+
+def test_what_a_servers_limits_changed_is_changed_again(serve, tmp_path, capsys):
+    """Of calls with a pose near the walls, in an episode with limits of its own and outside."""
+    wild = tiny_policy_file(tmp_path / "p.onnx", breaks=["wild"], golden_from="broken")
+    running = serve(policy=(str(wild),), record=tmp_path / "flight", **WALLS)
+    id_ = running.stub.StartEpisode(pb.StartEpisodeRequest(limits={"planar": 0.012, "jump_m": 0.01})).episode_id
+    rules = set()
+    for step in range(6):
+        pose = Pose(0.69, 0.19, 0.01, 0.0)
+        for episode in ({"episode_id": id_, "step": step}, {}):
+            answer = running.stub.GetAction(acting(step, pose=pose, **episode))
+            rules |= {change.rule for change in answer.interventions}
+    running.server.stop()
+    assert rules >= {"limit", "jump", "workspace"}
+    assert main([str(tmp_path / "flight"), "--policy", str(wild)]) == 0
+    assert "12 the same, 0 different" in capsys.readouterr().out
+    path = edited(tmp_path / "flight", lambda response: None, limits=pb.FlightLimits())
+    assert main([str(path), "--policy", str(wild)]) == 1
+    assert "action.dx was" in capsys.readouterr().out
+
+
+def test_of_a_recording_that_tells_no_limits_the_contract_s_are_checked(recording, healthy, capsys):
+    path = edited(recording, lambda response: setattr(response.action, "dz", 0.06), limits=None)
+    assert main([str(path), "--policy", str(healthy)]) == 1
+    out = capsys.readouterr().out
+    assert "action.lift [0.05999999865889549] is not within 0.05" in out
+    assert "16 the same, 1 different" in out
+
+
+@given(
+    st.dictionaries(st.sampled_from(["planar", "lift", *SCALARS]), st.floats(1e-3, 9.0)),
+    st.none() | st.tuples(*3 * [st.floats(-2, -0.1), st.floats(0.1, 2)]),
+)
+def test_limits_survive_being_recorded(named, box):
+    scalars = {name: value for name, value in named.items() if name in SCALARS}
+    fields = {name: value for name, value in named.items() if name not in SCALARS}
+    limits = Limits(fields, workspace=box and Workspace(box[::2], box[1::2]), **scalars)
+    assert limits_of(recorded(limits)) == limits
 
 
 def test_only_the_policy_that_acted_is_compared(serve, healthy, tmp_path, capsys):

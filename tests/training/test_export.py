@@ -110,8 +110,10 @@ def test_a_motion_of_exactly_nothing_is_exported_as_nothing(equivariance: str) -
     np.testing.assert_array_equal(session.run(["normalized_action"], feed)[0], np.zeros((2, SMALL.action.size)))
 
 
-@pytest.mark.parametrize("equivariance", ["both", "none"])
-@pytest.mark.parametrize(("kind", "config"), [(IQL, IQLConfig()), (CQL, CQLConfig(proposals=2))])
+@pytest.mark.parametrize(
+    ("kind", "config", "equivariance"),
+    [(IQL, IQLConfig(), "both"), (CQL, CQLConfig(proposals=2), "both"), (CQL, CQLConfig(proposals=2), "none")],
+)
 def test_a_critic_s_value_comes_along(
     kind: Any, config: Any, equivariance: str, reach: Dataset, tmp_path: Path
 ) -> None:

@@ -469,7 +469,24 @@ class FlightEnd(_message.Message):
     def __init__(self, client: _Optional[str] = ..., request: _Optional[_Union[EndEpisodeRequest, _Mapping]] = ..., response: _Optional[_Union[EndEpisodeResponse, _Mapping]] = ...) -> None: ...
 
 class FlightPolicy(_message.Message):
-    __slots__ = ("policy",)
+    __slots__ = ("policy", "limits")
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
     policy: PolicyInfo
-    def __init__(self, policy: _Optional[_Union[PolicyInfo, _Mapping]] = ...) -> None: ...
+    limits: FlightLimits
+    def __init__(self, policy: _Optional[_Union[PolicyInfo, _Mapping]] = ..., limits: _Optional[_Union[FlightLimits, _Mapping]] = ...) -> None: ...
+
+class FlightLimits(_message.Message):
+    __slots__ = ("limits", "workspace")
+    class LimitsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    WORKSPACE_FIELD_NUMBER: _ClassVar[int]
+    limits: _containers.ScalarMap[str, float]
+    workspace: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, limits: _Optional[_Mapping[str, float]] = ..., workspace: _Optional[_Iterable[float]] = ...) -> None: ...

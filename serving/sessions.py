@@ -18,7 +18,6 @@ from serving.policy import Policy
 Answer = Callable[[NDArray[np.float32] | None], pb.GetActionResponse]
 """What is asked for a new step: given the action that was answered before, if any."""
 
-
 SPARED_S = 30.0
 """An episode that had a call within this time is never forgotten to make room for another."""
 WAITING = 2

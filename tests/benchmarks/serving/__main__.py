@@ -47,12 +47,12 @@ def host() -> str:
 def main() -> None:
     asked = tyro.cli(Measure, description=Measure.__doc__)
     print(f"{host()}; `python -m tests.benchmarks.serving --policy {asked.policy} --only ...`\n")
-    print("| only | requirement | measured | met |\n|---|---|---|---|", flush=True)
+    print("| command | requirement | measured | met |\n|---|---|---|---|", flush=True)
     for name, measure in MEASURES.items():
         if not asked.only or name in asked.only:
             with tempfile.TemporaryDirectory() as scratch:
                 for row in measure(asked.policy.resolve(), Path(scratch)):
-                    print(f"| {name} {row}", flush=True)
+                    print(f"| `--only {name}` {row}", flush=True)
 
 
 if __name__ == "__main__":

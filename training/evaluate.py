@@ -5,7 +5,6 @@ The one module here that meets the simulator; `training.evaluations` starts it i
 
 import json
 import os
-import pickle
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from sim_client.seeds import WATCHED
 from training.config import recorded
 from training.evaluations import Result
 from training.export import Graph
-from training.loop import make_agent
+from training.loop import make_agent, saved
 
 BELOW_TRAINING = 10
 """Niceness: training keeps the pace that it has alone, as far as there are cores."""
@@ -50,14 +49,14 @@ class Evaluate:
 def evaluate(config: Evaluate) -> Result:
     """Roll the greedy policy out, in the world that its data were recorded in, on one thread."""
     torch.set_num_threads(1)
+    expected, remedy = "OUTPUT/evaluations/update-N.pt of a run", "name such a file"
+    state = saved(config.snapshot, expected, remedy, torch.device("cpu"))
     try:
-        state = torch.load(config.snapshot, weights_only=True, map_location="cpu")
         spec = PolicySpec.from_json(state["spec"])
         agent = make_agent(recorded(config.snapshot.parent.parent), spec)
         agent.load_state_dict(state["agent"])
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        expected = "OUTPUT/evaluations/update-N.pt of a run"
-        raise Rejected(str(config.snapshot), expected, repr(error)[:200], "name such a file") from error
+    except (RuntimeError, KeyError) as error:
+        raise Rejected(str(config.snapshot), expected, repr(error)[:200], remedy) from error
     graph = Graph(agent, spec).eval()
 
     @torch.no_grad()

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -195,10 +194,7 @@ class Run:
             raise Rejected(str(path), expected, f"update {self.updates} here", "share --output between the machines")
 
     def _read(self, path: Path) -> None:
-        try:
-            state = torch.load(path, weights_only=True, map_location=self.device)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise Rejected(str(path), "a checkpoint of training.run", repr(error)[:200], "start a new run") from error
+        state = saved(path, "a checkpoint of training.run", "start a new run", self.device)
         if state["dataset_sha256"] != self.dataset.sha256:
             raise Rejected(
                 "dataset", f"sha256 {state['dataset_sha256']}", self.dataset.sha256, "resume with the same data"
@@ -212,6 +208,17 @@ class Run:
         self.updates, self.seconds = state["updates"], state["seconds"]
         if extraction := state.get("extraction"):  # older checkpoints have none
             self._rest_values(Extraction(**extraction | {"weights": extraction["weights"].cpu()}))
+
+
+def saved(path: Path, expected: str, remedy: str, device: torch.device) -> dict[str, Any]:
+    """What `Run.write` wrote. Raises Rejected where the file is none of those, OSError where it cannot be read."""
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
+    except OSError:
+        raise
+    except Exception as error:  # of other bytes, torch says RuntimeError, EOFError, UnpicklingError, IndexError ...
+        raise Rejected(str(path), expected, repr(error)[:200], remedy) from error
+    return state
 
 
 def _bf16(precision: str, device: torch.device) -> bool:

@@ -24,7 +24,7 @@ from training.config import SETTINGS, RunConfig, parse
 from training.diagnostics import Probe
 from training.evaluations import BEST, EvaluationError, Evaluations, Result, best
 from training.export import ExportError, Provenance, export
-from training.loop import CHECKPOINT, Run
+from training.loop import CHECKPOINT, Run, saved
 from training.memory import keep_freed_memory
 from training.networks.stem import deepest_m
 
@@ -84,7 +84,7 @@ def _export(run: Run, evaluations: Evaluations | None) -> Path:
         raise Rejected("--minutes or --updates", values, f"{run.updates} updates", "give more, with --resume")
     results = evaluations.results() if evaluations else []
     if config.keep == "best" and results:
-        state = torch.load(config.output / BEST, weights_only=True, map_location=run.device)
+        state = saved(config.output / BEST, "the best snapshot of this run", "add --keep last", run.device)
         run.learner.agent.load_state_dict(state["agent"])
         success = best(results)
         updates = success.update

@@ -203,9 +203,10 @@ def test_frames_in_which_networks_see_nothing_are_told_of(tmp_path: Path, capsys
     assert "in 5 of 60 frames all is 0.4 m or more below the camera plane" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_a_clear_error(reach_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [b"PK half of it", b"a graph", b"", bytes(100), b"\x80\x02}q\x00."])
+def test_a_damaged_checkpoint_is_a_clear_error(damage: bytes, reach_path: Path, tmp_path: Path) -> None:
     begun(arguments(reach_path, tmp_path / "run", "--updates", "3"))
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK half of it")
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(damage)
     with pytest.raises(Rejected, match=r"checkpoint\.pt: expected a checkpoint of training\.run"):
         train(parse(["--resume", "--output", str(tmp_path / "run"), "--updates", "6"]))
 

@@ -1,7 +1,6 @@
 """The stand-in robot's loop through a server that is busy at times, or a machine that is."""
 
 import contextlib
-import functools
 import itertools
 import math
 import signal
@@ -173,14 +172,19 @@ def test_holds_are_counted(tmp_path, scene) -> None:
     assert robot.holds == 0 < len(robot.run(scene, seed=3)) == robot.holds
 
 
+HEARING = [sys.executable, "-c", (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+)]  # fmt: skip
+"""Begins a command that hears SIGINT: what a shell runs in the background ignores it, and hands that down. Not by
+preexec_fn, which a fork beside gRPC's threads may never leave."""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_an_interrupted_evaluation_says_what_was_done_and_ends_its_episode(tmp_path, number) -> None:
     with Server(settings(tiny_policy_file(tmp_path / "tiny.onnx", SPEC), record=tmp_path / "flight")) as recording:
         recording.load()
         command = [sys.executable, "-m", "sim_client.evaluate", "--server", recording.address, "--episodes", "1000"]
-        # What a shell runs in the background ignores SIGINT, and hands that down.
-        heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+        process = subprocess.Popen([*HEARING, *command], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
         while sum(recording.metrics.call_counts().values()) < 60:  # the second episode
             assert time.monotonic() < deadline

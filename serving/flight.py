@@ -233,14 +233,14 @@ def recorded(limits: Limits) -> pb.FlightLimits:
     )
 
 
-def limits_of(recorded: pb.FlightLimits) -> Limits:
+def limits_of(told: pb.FlightLimits) -> Limits:
     """What was `recorded`."""
-    fields = {name: value for name, value in recorded.limits.items() if name not in SCALARS}
+    fields = {name: value for name, value in told.limits.items() if name not in SCALARS}
     box = None
-    if recorded.workspace:
-        x0, x1, y0, y1, z0, z1 = recorded.workspace
+    if told.workspace:
+        x0, x1, y0, y1, z0, z1 = told.workspace
         box = Workspace((x0, y0, z0), (x1, y1, z1))
-    return Limits(fields, workspace=box, **{n: v for n, v in recorded.limits.items() if n in SCALARS})
+    return Limits(fields, workspace=box, **{n: v for n, v in told.limits.items() if n in SCALARS})
 
 
 def is_under_way(path: Path) -> bool:

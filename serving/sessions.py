@@ -128,9 +128,7 @@ class Sessions:
         episode = Episode(uuid.uuid4().hex, policy, envelope, mode, seed)
         with self._lock:
             self._forget_idle()
-            if len(self._open) >= self._limit:
-                self._make_room()
-            if len(self._open) >= self._limit:
+            if len(self._open) >= self._limit and not self._make_room():
                 remedy = f"end episodes with EndEpisode; one that is idle for {SPARED_S:g} s makes room"
                 got = f"{len(self._open)} open"
                 expected = f"fewer than {self._limit} episodes"
@@ -157,12 +155,14 @@ class Sessions:
         why = f"it ended, was idle for {self._idle_s:g} s, made room for another, or the server was started again"
         raise _unknown(episode_id, why)
 
-    def _make_room(self) -> None:
+    def _make_room(self) -> bool:
         """A controller that starts an episode, dies and begins again must not lock out all others, itself included:
         who has had no call for longest goes."""
         longest = min(self._open.values(), key=lambda e: e.touched)
-        if time.monotonic() - longest.touched >= SPARED_S:
+        idle = time.monotonic() - longest.touched >= SPARED_S
+        if idle:
             del self._open[longest.id]
+        return idle
 
     def _forget_idle(self) -> None:
         now = time.monotonic()

@@ -24,7 +24,6 @@ EQUIVARIANCE: dict[str, frozenset[str]] = {
 NARROWEST = 8
 """The image side at which pooling ends: 8 -> 6 (valid 3x3) -> 3 (pool) -> 1 (valid 3x3) tiles evenly, so that quarter
 turns are exact."""
-VIEWS = f"a multiple of {NARROWEST} pixels"
 
 
 @dataclass(frozen=True)
@@ -75,20 +74,21 @@ def stages(cfg: NetworkConfig, spec: ObservationSpec) -> tuple[Stage, ...]:
     Raises Rejected when the image does not tile, or `cfg.fields` has not one entry per convolution.
     """
     side = spec.height / cfg.pool
-    halvings = math.log2(side / NARROWEST)
-    if not _tiles(side):
+    halvings = _halvings(side)
+    poolings = {pool: _halvings(spec.height / pool) for pool in range(1, spec.height)}
+    if halvings is None:
         tiling = f"a pooled image {NARROWEST} times a power of two pixels wide"
-        fitting = [str(pool) for pool in range(1, spec.height) if _tiles(spec.height / pool)]
-        remedy = f"for this view: {', '.join(fitting)}" if fitting else f"no pooling does that: make views of {VIEWS}"
+        fitting = ", ".join(str(pool) for pool, count in poolings.items() if count is not None)
+        nothing = f"no pooling does that: make views of a multiple of {NARROWEST} pixels"
+        remedy = f"for this view: {fitting}" if fitting else nothing
         raise Rejected("network.pool", tiling, f"{spec.height} / {cfg.pool} = {side:g}", remedy)
     if len(cfg.fields) < halvings + 2:
-        entries = f"{int(halvings) + 2} or more entries, one for each convolution of a {side:g} x {side:g} image"
-        pool, rest = divmod(spec.height, NARROWEST * 2 ** max(len(cfg.fields) - 2, 0))
-        fits = pool and not rest and len(cfg.fields) > 1
-        remedy = f"or fit the image to the fields: --network.pool {pool}" if fits else ""
+        entries = f"{halvings + 2} or more entries, one for each convolution of a {side:g} x {side:g} image"
+        fits = [pool for pool, count in poolings.items() if count == len(cfg.fields) - 2]
+        remedy = f"or fit the image to the fields: --network.pool {fits[0]}" if fits else ""
         raise Rejected("network.fields", entries, str(cfg.fields), remedy)
     *padded, second_last, last = cfg.fields
-    halved, kept = padded[: int(halvings)], padded[int(halvings) :]
+    halved, kept = padded[:halvings], padded[halvings:]
     return (
         *(Stage(f, 1, True) for f in halved),
         *(Stage(f, 1, False) for f in kept),
@@ -97,9 +97,10 @@ def stages(cfg: NetworkConfig, spec: ObservationSpec) -> tuple[Stage, ...]:
     )
 
 
-def _tiles(side: float) -> bool:
+def _halvings(side: float) -> int | None:
+    """How often an image halves until it is NARROWEST wide; None where it never is."""
     halvings = math.log2(side / NARROWEST)
-    return halvings >= 0 and halvings == int(halvings)
+    return int(halvings) if halvings >= 0 and halvings == int(halvings) else None
 
 
 class Encoder(Protocol):

@@ -60,7 +60,8 @@ class Config:
     max_wait_ms: float = 20.0
     """About how long the last of them may have to; of a slow policy's calls fewer wait, but always one."""
     client_hz: float = 60.0
-    """Inferences a second for one client while others, that ask for less, act too; alone it may have any number."""
+    """Inferences a second for one client while others, that ask for less, act too; alone it may have any number. And
+    calls a second that need no model, such as GetStats, while others act."""
     max_batch: int = 1
     """Above 1, calls that wait for the same policy share an inference. For many clients of a large policy."""
     valid_for_ms: float = 200.0

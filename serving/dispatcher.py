@@ -107,6 +107,14 @@ class Dispatcher:
                     raise _too_much()  # its message would be read at the cost of a controller's inference
                 self._require_room(name)
 
+    def admit_question(self, name: str) -> None:
+        """A call of `name` has come that needs no model. Raises Rejected, RESOURCE_EXHAUSTED: see
+        Rhythm.may_question."""
+        with self._lock:
+            if not self._rhythm.may_question(name, time.monotonic()):
+                expected, got = "a controller's rate", "more, while others act"
+                raise Rejected("server", expected, got, "ask less often", Status.RESOURCE_EXHAUSTED)
+
     def asks_more(self, name: str, inferences: int) -> None:
         """The call of `name` that was admitted wants so many besides the first."""
         with self._lock:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from protos.errors import Rejected, Status
 from protos.spaces import Observation
 
-REMEMBERED, REMEMBERED_BYTES = 256, 32 * 2**20
+REMEMBERED, REMEMBERED_BYTES = 512, 32 * 2**20
 """Sources whose last frame is kept, and how much of frames; the source that was silent longest is forgotten."""
 SAMPLED = 997
 """Frames that differ mostly do so in some of every so many pixels; to compare all is to load them from memory."""
@@ -34,7 +34,7 @@ class FrameRules:
 class Look(NamedTuple):
     """At one frame: how often it came in a row, this time included, and what to warn of."""
 
-    source: str
+    sources: tuple[str, ...]
     depth: NDArray[np.float32]
     sample: bytes
     times: int
@@ -51,17 +51,19 @@ class FrameWatch:
         """And when it was answered."""
         self._bytes = 0
 
-    def look(self, source: str, observation: Observation) -> Look:
+    def look(self, sources: tuple[str, ...], observation: Observation) -> Look:
         """What to warn of; the frame is remembered once it is `answered`.
 
         Args:
-            source: the episode, or the client where there is none.
+            sources: the episode, if there is one, and the client: an episode's first frame goes on from the client's
+                last, or a camera would freeze unseen where episodes are short.
 
         Raises:
             Rejected: FAILED_PRECONDITION instead, where the rules are strict.
         """
         rules, warnings = self._rules, list[tuple[str, str]]()
-        depth, (before, _) = observation.depth, self._last.get(source, (None, 0.0))
+        depth = observation.depth
+        before = next((known[0] for source in sources if (known := self._last.get(source))), None)
         sample = depth.ravel()[::SAMPLED].tobytes()
         repeats = before is not None and before.sample == sample and np.array_equal(before.depth, depth)
         times = before.times + 1 if before is not None and repeats else 1
@@ -71,7 +73,7 @@ class FrameWatch:
         if invalid > rules.invalid_share:
             warnings.append((f"at most {rules.invalid_share:.0%} of pixels without depth", f"{invalid:.0%}"))
         texts = [f"observation.depth: expected {expected}, got {got}" for expected, got in warnings]
-        look = Look(source, depth, sample, times, texts)
+        look = Look(sources, depth, sample, times, texts)
         if warnings and rules.strict:
             if times >= rules.frozen_after > 0:  # remembered, so that a minute later it is still frozen
                 self.answered(look)
@@ -82,16 +84,20 @@ class FrameWatch:
         """Remember a frame. A caller who was refused for want of room sends it again, and no camera is to blame."""
         now = time.monotonic()
         with self._lock:
-            if look.source in self._last:
-                self._forget(look.source)
-            while self._last:  # who was silent longest stands first
-                source, (_, since) = next(iter(self._last.items()))
-                room = len(self._last) < REMEMBERED and self._bytes + look.depth.nbytes <= REMEMBERED_BYTES
-                if room and now - since < QUIET_S:
-                    break
-                self._forget(source)
-            self._last[look.source] = look, now
-            self._bytes += look.depth.nbytes
+            for source in look.sources:
+                if source in self._last:
+                    self._forget(source)
+                self._make_room(look.depth.nbytes, now)
+                self._last[source] = look, now
+                self._bytes += look.depth.nbytes
+
+    def _make_room(self, size: int, now: float) -> None:
+        while self._last:
+            source, (_, since) = next(iter(self._last.items()))  # who was silent longest stands first
+            room = len(self._last) < REMEMBERED and self._bytes + size <= REMEMBERED_BYTES
+            if room and now - since < QUIET_S:
+                break
+            self._forget(source)
 
     def _forget(self, source: str) -> None:
         look, _ = self._last.pop(source)

@@ -73,17 +73,19 @@ class Porter(grpc.ServerInterceptor):
 
     def _waiting(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
         method, behave = details.method.rpartition("/")[2], handler.unary_unary
-        acts = details.method in ACTING
-        within_s = MESSAGE_S if details.method.startswith(OURS) else QUESTION_S
+        ours, acts = details.method.startswith(OURS), details.method in ACTING
+        within_s = MESSAGE_S if ours else QUESTION_S
         repeats = any(key == RETRY for key, _ in details.invocation_metadata or ())
 
         def enter(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
             try:
                 client = context.peer()
-                if acts:
+                if ours:
                     client = self._gate.require(details.method, details.invocation_metadata) or client
-                    if not self._answering.draining:  # who drains says so
-                        self._dispatcher.admit(client, repeats=repeats)
+                if ours and not acts:
+                    self._dispatcher.admit_question(client)
+                elif ours and not self._answering.draining:  # who drains says so
+                    self._dispatcher.admit(client, repeats=repeats)
                 self._begin_to_wait(client)
             except Rejected as rejected:
                 self._answering.refuse(method, rejected, context)

@@ -24,7 +24,7 @@ OFTEN_MISSED = 6
 MARGIN_S = 0.005
 """A place is kept free from so long before an inference would be in the way, and so long for a call that is late."""
 REMEMBERED = 256
-"""Clients; the one that was quiet longest goes."""
+"""Clients, and who asks without acting; the one that was quiet longest goes."""
 
 
 @dataclass(slots=True)
@@ -99,6 +99,7 @@ class Rhythm:
         self._concurrency, self._client_hz = concurrency, client_hz
         self._clients: dict[str, _Client] = {}
         self._asks, self._refusals = _Rate(SOON_S), _Rate(SOON_S)
+        self._questions: dict[str, _Rate] = {}
         self.turn_s = 0.0
         """What an inference usually takes."""
 
@@ -110,6 +111,19 @@ class Rhythm:
             client = self._clients[name] = _Client(now)
         client.ask(now)
         self._asks.note(now)
+
+    def may_question(self, name: str, now: float) -> bool:
+        """Whether a call of `name` that needs no model may be answered: as often as it pleases while nobody else acts,
+        and counted then, too, or --client-hz beside others. It takes the interpreter from them."""
+        rate = self._questions.get(name)
+        if rate is None:
+            if len(self._questions) >= REMEMBERED:
+                del self._questions[min(self._questions, key=lambda n: self._questions[n].last)]
+            rate = self._questions[name] = _Rate()
+        if rate.at(now) >= self._client_hz and self._active(now).keys() - {name}:
+            return False
+        rate.note(now)
+        return True
 
     def asks_more(self, name: str, now: float, inferences: int) -> None:
         """Its call wants so many besides the first: a batch at 4 Hz may ask for more than a robot at 20."""

@@ -215,8 +215,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         age_s = request.observation.age_us / 1e6
         if age_s + call.elapsed_s >= self._valid_for_s:
             raise self._stale(age_s + call.elapsed_s)
-        source = episode.id if episode else call.client
-        look = self._frames.look(source, observation)
+        look = self._frames.look((episode.id, call.client) if episode else (call.client,), observation)
         envelope, pose = episode.envelope if episode else self._envelope(policy), unpack_pose(request.observation)
         envelope.require_pose(pose)
         mode, seed = (episode.mode, (episode.seed, request.step)) if episode else (request.mode, request.seed)

@@ -18,7 +18,7 @@ import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from protos.errors import Rejected
+from protos.errors import INTERRUPTED, Rejected
 from protos.files import write_atomically
 from protos.spaces import Pose
 from serving.client import Connection, PolicyClient, PolicyError
@@ -33,8 +33,6 @@ from sim_client.world import World, unwrapped
 T = TypeVar("T")
 BUSY_WAIT_S = 0.02
 """After a refusal for lack of room: a control period at 50 Hz."""
-INTERRUPTED = 130
-"""The exit code that shells give SIGINT."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import tyro
 
+from protos.errors import INTERRUPTED
 from protos.files import write_atomically
 
 SERVING_LINE = "serving on "
@@ -119,7 +120,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     report = json.loads(path.read_text())
     print(
         f"\nsuccess rate {report['success_rate']:.0%}: {report['successes']} of {report['episodes']} episodes, "

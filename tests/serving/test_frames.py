@@ -51,7 +51,7 @@ def test_they_are_refused_where_that_is_asked_for(serve, healthy, message):
 
 
 def shown(watch, source, observation):
-    look = watch.look(source, observation)
+    look = watch.look((source,), observation)
     watch.answered(look)
     return look.warnings
 
@@ -59,10 +59,10 @@ def shown(watch, source, observation):
 def test_a_frame_that_is_sent_again_after_a_refusal_is_not_repeated():
     watch = FrameWatch(FrameRules(frozen_after=2, strict=True))
     for _ in range(5):
-        watch.look("a", scene(0))
+        watch.look(("a",), scene(0))
     assert not shown(watch, "a", scene(0))
     with pytest.raises(Rejected, match="2 times running"):
-        watch.look("a", scene(0))
+        watch.look(("a",), scene(0))
 
 
 def test_a_camera_stays_frozen_however_long_it_is_refused(monkeypatch):
@@ -84,6 +84,26 @@ def test_every_source_has_its_own_camera():
     for turn in range(4):
         warnings = [shown(watch, source, frame) for source in ("a", "b")]
         assert [bool(w) for w in warnings] == [turn >= 2] * 2
+
+
+def test_a_camera_freezes_over_many_short_episodes(serve, healthy):
+    running, warned = serve(policy=(str(healthy),), frozen_after=4), []
+    for _ in range(3):
+        id_ = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
+        answers = [running.stub.GetAction(acting(1, episode_id=id_, step=step)) for step in (1, 2)]
+        warned += [bool(answer.warnings) for answer in answers]
+        running.stub.EndEpisode(pb.EndEpisodeRequest(episode_id=id_))
+    assert warned == [False] * 3 + [True] * 3
+
+
+def test_robots_of_one_client_have_a_camera_each():
+    """Their episodes go on from their own frames, not from the client's last, which is another robot's."""
+    watch = FrameWatch(FrameRules(frozen_after=3))
+    for turn in range(4):
+        looks = [watch.look((episode, "fleet"), scene(i)) for i, episode in enumerate(("left", "right"))]
+        for look in looks:
+            watch.answered(look)
+        assert [bool(look.warnings) for look in looks] == [turn >= 2] * 2
 
 
 def test_a_repeated_step_is_no_frozen_camera(serve, healthy):

@@ -193,6 +193,26 @@ def test_a_call_that_ends_before_its_message_is_nobodys_mistake(serve, healthy):
     assert counts == {("GetAction", "OK"): 1}
 
 
+def test_questions_are_held_to_a_rate_beside_who_acts(serve, healthy):
+    running = serve(policy=(str(healthy),), client_hz=5.0)
+
+    def refusals(channel, calls=30):
+        stats, codes = channel.unary_unary("/equiserve.v1.PolicyService/GetStats"), Counter()
+        for _ in range(calls):
+            try:
+                stats(b"", timeout=20)
+            except grpc.RpcError as error:
+                codes[error.code()] += 1
+        return codes
+
+    with connect(running.server.address) as curious:
+        assert not refusals(curious)
+        running.stub.GetAction(acting(1))
+        assert refusals(curious).keys() == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert not refusals(running.channel, calls=3)
+        running.stub.GetAction(acting(1))
+
+
 def test_what_fails_at_the_door_is_told_to_the_log_alone(serve, healthy, monkeypatch):
     running = serve(policy=(str(healthy),))
 

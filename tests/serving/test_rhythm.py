@@ -55,6 +55,27 @@ def test_a_call_between_the_door_and_the_model_is_still_due():
     assert not rhythm.is_in_the_way("flood", 3.05 + MARGIN_S + 0.001)  # it was refused on its way
 
 
+def test_questions_are_counted_beside_who_acts_and_free_else():
+    """GetStats as fast as it is answered takes the interpreter from the robots."""
+    rhythm = together(("robot", 20))
+    times = np.arange(3.0, 5.0, 1 / 1000)
+    answered = []
+    for t in times:
+        if round(t * 1000) % 50 == 0:
+            rhythm.asks("robot", float(t))
+        answered.append(rhythm.may_question("curious", float(t)))
+    assert sum(answered[1000:]) == pytest.approx(LIMIT_HZ, rel=0.1)
+    assert rhythm.may_question("robot", 5.0)  # whose own calls are nobody else's
+    assert all(rhythm.may_question("curious", float(t)) for t in 5.0 + WINDOW_S + times)
+
+
+def test_who_asks_without_acting_is_forgotten_too():
+    rhythm = Rhythm(1, LIMIT_HZ)
+    for i in range(3 * REMEMBERED):
+        assert rhythm.may_question(f"curious {i}", float(i))
+    assert len(rhythm._questions) == REMEMBERED
+
+
 def test_a_batch_asks_for_as_much_as_it_takes():
     rhythm = together(("batches", 4), ("robot", 20))
     assert rhythm.rarer("robot", 3.0)  # by calls alone

@@ -20,6 +20,7 @@ ENV PATH=/opt/equiserve/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1
 USER 10001
 EXPOSE 50051
+# In plain text: with --tls-cert or another --listen, replace it (compose: healthcheck).
 # Loading and proving happen before SERVING: a paper-size policy takes some seconds.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import sys, grpc; from grpc_health.v1 import health_pb2 as m, health_pb2_grpc as h; sys.exit(h.HealthStub(grpc.insecure_channel('127.0.0.1:50051')).Check(m.HealthCheckRequest(), timeout=2).status != m.HealthCheckResponse.SERVING)"]

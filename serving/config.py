@@ -28,6 +28,8 @@ class Config:
 
     Settings come from --config FILE (TOML, names as here with _), then from the environment (EQUISERVE_LISTEN and so
     on), then from flags; --check-config says whether they would work, and starts nothing.
+
+    Exit code 0: it was told to stop, and has. 1: it cannot start. 2: flags that there are not.
     """
 
     policy: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -61,9 +63,10 @@ class Config:
     """About how long the last of them may have to; of a slow policy's calls fewer wait, but always one."""
     client_hz: float = 60.0
     """Inferences a second for one client while others, that ask for less, act too; alone it may have any number. And
-    calls a second that need no model, such as GetStats, while others act."""
+    all its other calls a second while others act, from GetStats to LoadPolicy."""
     max_batch: int = 1
-    """Above 1, calls that wait for the same policy share an inference. For many clients of a large policy."""
+    """Above 1, calls that wait for the same policy share an inference. For many clients of a large policy; with --queue
+    of one less, or more."""
     valid_for_ms: float = 200.0
     """How long after its frame was taken an action may be applied. An older frame is refused."""
     workspace: tuple[float, float, float, float, float, float] | None = None
@@ -83,7 +86,9 @@ class Config:
     grace_s: float = 5.0
     """On SIGTERM, how long calls in flight may take to finish."""
     metrics_port: int | None = None
-    """Serve Prometheus metrics on this port of the loopback interface."""
+    """Serve Prometheus metrics on this port; 0: on a free one, which the log tells."""
+    metrics_host: str = "127.0.0.1"
+    """At this address. They tell names of policies and how busy the server is, to whoever can reach it."""
     record: Path | None = None
     """Write a flight recording into this folder (MCAP; `python -m serving.replay` reads it)."""
     record_file_mib: int = 256
@@ -93,7 +98,8 @@ class Config:
     log_format: Literal["text", "json"] = "text"
     """One line an event, for people or for machines."""
     trace: bool = False
-    """Make OpenTelemetry spans (needs opentelemetry-sdk; where they go is OTEL_*'s business)."""
+    """Make OpenTelemetry spans (pip install opentelemetry-distro opentelemetry-exporter-otlp, and start by
+    `opentelemetry-instrument python -m serving.server`: where they go is said by OTEL_*)."""
     check_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Check everything, policies included, say so, and exit."""
 

@@ -207,7 +207,11 @@ class Library:
         except OSError as error:
             expected, got = f"a folder that can be read at {self.folder}", str(error.strerror)
             raise Rejected("policies", expected, got, "what is live stays", Status.FAILED_PRECONDITION) from error
-        return {f.stem: f for f in files if re.fullmatch(NAME, f.stem)}
+        named = {f.stem: f for f in files if re.fullmatch(NAME, f.stem)}
+        for file in files:
+            if file.stem not in named:
+                log.warning("policies: %s is left out, as a policy's name has letters, digits, . _ and -", file)
+        return named
 
     def _proved(self, path: Path, name: str) -> Policy:
         policy = prove(load(path, name, intra_op_threads=self.intra_op_threads))

@@ -30,6 +30,8 @@ class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         plain = logging.makeLogRecord(record.__dict__)
         plain.msg, plain.args = _visible(record.getMessage()), ()
+        if request_id := record.__dict__.get("request_id"):
+            plain.msg += f" [{_visible(request_id)}]"
         return super().format(plain)
 
 

@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import logging
 import threading
 import time
 from collections import deque
@@ -15,6 +16,8 @@ from prometheus_client.registry import Collector
 
 from serving.errors import StartupError
 from serving.policy import Policy
+
+log = logging.getLogger(__name__)
 
 # 0.1 ms to 10 s: a small policy answers in one millisecond, a paper-size one on a loaded machine in a hundred.
 BUCKETS_S = (*(base * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for base in (1, 2, 5)), 10.0)
@@ -111,12 +114,13 @@ class Metrics:
                 found[name] = float(p50), float(p95), float(p99), float(seconds.max()) * 1e3, len(seconds)
         return found
 
-    def expose(self, port: int) -> int:
-        """Serve /metrics on the loopback interface; the port in use (0 asks for a free one)."""
+    def expose(self, port: int, host: str = "127.0.0.1") -> int:
+        """Serve /metrics; the port in use (0 asks for a free one)."""
         try:
-            server, _ = start_http_server(port, addr="127.0.0.1", registry=self.registry)
+            server, _ = start_http_server(port, addr=host, registry=self.registry)
         except OSError as error:
-            raise StartupError(f"cannot serve metrics on 127.0.0.1:{port}: {error.strerror}") from error
+            raise StartupError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
+        log.info("metrics on http://%s:%d/metrics", host, server.server_port)
         return server.server_port
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

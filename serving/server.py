@@ -144,7 +144,7 @@ class Server:
                 config.record, config.record_file_mib * mib, config.record_total_mib * mib, config.bounds
             )  # fmt: skip
         if config.metrics_port is not None:
-            self.metrics_port = self.metrics.expose(config.metrics_port)
+            self.metrics_port = self.metrics.expose(config.metrics_port, config.metrics_host)
         self._porter.start()
         self._grpc.start()
 
@@ -201,6 +201,7 @@ class Server:
     def _watch(self) -> None:
         watch = self.metrics.watch
         self.metrics.watch_proofs(self.registry)
+        watch("uptime_seconds", "Since the server was made.", lambda: self.metrics.uptime_s)
         watch("running", "Inferences under way.", lambda: self.dispatcher.running)
         watch("waiting", "Calls that wait for the model.", lambda: self.dispatcher.waiting)
         watch("expired_total", "Calls that left the line unanswered.", lambda: self.dispatcher.expired)

@@ -1,4 +1,4 @@
-"""GetStats: what people ask a server first. Prometheus has the same and more."""
+"""GetStats: what people ask a server first. Prometheus has nearly the same, and more."""
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from serving.dispatcher import Dispatcher

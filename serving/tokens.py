@@ -15,7 +15,8 @@ from serving.security import new_token
 class NewToken:
     """Add a token's hash to the file that serving.server --tokens reads, and print the token.
 
-    A server that runs takes it up at SIGHUP. To revoke one, remove its line and send SIGHUP.
+    A server that runs takes it up at SIGHUP. To revoke one, remove its line and send SIGHUP. Exit code 1: nothing was
+    written.
     """
 
     name: tyro.conf.Positional[str]

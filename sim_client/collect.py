@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from protos.errors import INTERRUPTED
 from serving.errors import PolicyRefused
 from sim_client import TaskName
 from sim_client.behaviors import Actors, Mixture, parse
@@ -39,7 +40,8 @@ class Collect:
 
     Give either --episodes or --transitions. Episode i is seeded with SEED * 1 000 000 + i, so that more episodes of the
     same seed extend the same data, no two seeds share an episode, and the number of workers changes nothing.
-    Interrupted, by whatever, the same command goes on where it was.
+    Interrupted, by whatever, the same command goes on where it was. Exit code 0 when all is recorded, 2 when it was
+    refused, 130 when it was interrupted, and 1 when something else ended it.
 
     Examples:
       python -m sim_client.collect --task drawer_opening --episodes 20 --output runs/drawer20
@@ -233,7 +235,7 @@ def main() -> int:
         return 2
     except (OSError, BrokenProcessPool, KeyboardInterrupt) as error:
         print(f"stopped: {str(error) or 'interrupted'}; the same command goes on from here", file=sys.stderr)
-        return 1
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
     print(
         f"{config.output}: {done.episodes} episodes, {done.transitions} transitions, {done.successes} successful, "
         f"mean length {done.transitions / done.episodes:.1f}, {done.transitions / done.seconds:.0f} control steps/s, "

@@ -204,7 +204,7 @@ def main() -> int:
     except KeyboardInterrupt as interrupted:
         print(str(interrupted) or "interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (PolicyError, Rejected, ValueError) as error:
+    except (PolicyError, Rejected, ValueError, OSError) as error:
         print(f"evaluation stopped: {error}", file=sys.stderr)
         return 2
     latency = report["latency_ms"]

@@ -32,6 +32,9 @@ NESTED = {"network": NetworkConfig, "bc": BCConfig, "iql": IQLConfig, "cql": CQL
 class RunConfig:
     """Learn a policy from a dataset of recorded episodes and export it as one file, OUTPUT/policy.onnx.
 
+    Exit code 0: there is a policy. 1: training or its export stopped, which says why. 2: flags that there are not.
+    130: interrupted, and what was learned is saved.
+
     Example: python -m training.run --dataset runs/drawer20 --algo bc --output runs/bc
     """
 
@@ -79,7 +82,8 @@ class RunConfig:
     failures: Literal["auto", "keep", "drop"] = "auto"
     """Episodes that never succeed. auto: bc drops them, iql and cql keep them."""
     eval_every: int | None = None
-    """Measure closed-loop success every so many updates, in a process of its own while training goes on."""
+    """Measure closed-loop success every so many updates, in a process of its own while training goes on. Needs data
+    that sim_client.collect recorded: others have no simulator."""
     eval_episodes: int = 50
     """Episodes of each of these evaluations."""
     patience: int | None = None

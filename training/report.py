@@ -45,7 +45,7 @@ class Report:
     """Compare runs of training: curves, and a table with settings, time, success and equivariance.
 
     Success through the server is read from any *.json in a run's directory, or in the one above, that
-    `sim_client.evaluate --report` wrote for its policy.onnx.
+    `sim_client.evaluate --report` wrote for its policy.onnx. Exit code 1: there is no page.
 
     Example: python -m training.report runs/bc runs/iql --output runs/compared.html
     """

@@ -1,4 +1,6 @@
-"""What equivariance is worth: same data, minutes and seeds, with and without. Prints the README's table.
+"""What equivariance is worth: same data, minutes and seeds, with and without.
+
+Prints the success columns of the README's table; the others are what training.run says.
 
     python -m tests.benchmarks.equivariant_vs_plain --output runs/study
 
@@ -34,7 +36,7 @@ class Study:
     eval_episodes: int = 50
     """Closed-loop episodes for each cell."""
     algo: str = "bc"
-    """bc or iql."""
+    """bc, iql or cql."""
 
 
 def run(*command: str) -> None:

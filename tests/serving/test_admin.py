@@ -58,6 +58,13 @@ def test_a_folder_is_served_by_the_names_of_its_files(operated):
     assert [(e.name, e.is_default) for e in entries] == [("door", True), ("other", False)]
 
 
+def test_a_file_that_no_caller_could_name_is_told(folder, serve, caplog):
+    tiny_policy_file(folder / "my door.onnx")
+    running = serve(policies=folder, default_policy="door")
+    assert {p.name for p in running.server.registry} == {"door", "other"}
+    assert "my door.onnx is left out" in caplog.text
+
+
 def test_a_new_file_goes_live_when_it_is_asked_for(operated, folder):
     running, admin, token = operated
     (before,) = versions(running)

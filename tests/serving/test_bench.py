@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.codec import unpack_observation
+from protos.errors import Rejected, Status
 from protos.spaces import ACTION, PolicySpec
 from serving.bench import pictures
 from serving.security import new_token
@@ -72,6 +73,18 @@ def test_it_fails_when_calls_fail(serve, healthy, tmp_path):
         process, found = asking.result()
     assert process.returncode == 1, process.stderr
     assert "UNAVAILABLE" in found["codes"]
+
+
+def test_it_fails_when_nothing_is_answered(serve, healthy, tmp_path, monkeypatch):
+    running = serve(policy=(str(healthy),))
+
+    def full(*_args, **_how):
+        raise Rejected("server", "room", "none", "send less often", Status.RESOURCE_EXHAUSTED)
+
+    monkeypatch.setattr(running.server.dispatcher, "admit", full)
+    process, found = bench(tmp_path, "--server", running.server.address, "--seconds", 0.5)
+    assert found["codes"].keys() == {"RESOURCE_EXHAUSTED"}
+    assert process.returncode == 1
 
 
 def test_it_waits_for_a_server_that_is_still_proving(healthy, tmp_path):

@@ -41,6 +41,14 @@ def lines(request, monkeypatch):
     root.setLevel(level)
 
 
+def test_a_refusal_is_found_by_its_request_id(running, lines):
+    _, logged = lines
+    with pytest.raises(grpc.RpcError):
+        running.stub.GetAction(acting(1, policy="nobody"), metadata=[("x-request-id", "arm-7:1")])
+    (line,) = [line for line in logged().splitlines() if "arm-7:1" in line]
+    assert "nobody" in line
+
+
 @pytest.mark.parametrize("hostile", HOSTILE, ids=lambda text: ascii(text)[:20])
 def test_no_caller_forges_a_line(running, lines, hostile, monkeypatch):
     style, logged = lines

@@ -15,8 +15,8 @@ from tests.makers import scene
 from tests.serving.requests import acting
 
 
-def scrape(port):
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+def scrape(port, host="127.0.0.1"):
+    with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=5) as page:
         return page.read().decode()
 
 
@@ -55,3 +55,13 @@ def test_a_taken_metrics_port_is_a_clear_error():
     port = Metrics().expose(0)
     with pytest.raises(StartupError, match=f"cannot serve metrics on 127.0.0.1:{port}"):
         Metrics().expose(port)
+
+
+def test_metrics_are_where_they_were_asked_for(serve, healthy, caplog):
+    """A container's loopback interface cannot be published; a free port is of use to who is told which."""
+    caplog.set_level("INFO")
+    running = serve(policy=(str(healthy),), metrics_port=0, metrics_host="127.0.0.2")
+    assert "equiserve_uptime_seconds" in scrape(running.server.metrics_port, "127.0.0.2")
+    assert f"http://127.0.0.2:{running.server.metrics_port}/metrics" in caplog.text
+    with pytest.raises(urllib.error.URLError):
+        scrape(running.server.metrics_port)

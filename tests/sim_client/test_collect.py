@@ -19,7 +19,7 @@ from protos.spaces import ACTION, SPEC
 from serving.errors import PolicyRefused
 from sim_client import workers
 from sim_client.calibrate import calibrate
-from sim_client.collect import Collect, Summary, _noisy_recorder, collect
+from sim_client.collect import Collect, Summary, _noisy_recorder, collect, main
 from sim_client.episodes import Episode
 from sim_client.randomization import Randomization
 from sim_client.store import read, read_about
@@ -185,6 +185,17 @@ def test_an_interrupted_collection_goes_on_where_it_was(tmp_path: Path, monkeypa
     assert saved == ["0000000", "0000001", "0000002", "0000003"], "no episode is run twice"
     _, fresh = collected(tmp_path / "fresh", episodes=4)
     assert all(same(*pair) for pair in zip(read(config.output), fresh, strict=True))
+
+
+@pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt(), 130), (OSError("no space left"), 1)], ids=repr)
+def test_who_ended_it_is_told_by_the_exit_code(failure: BaseException, code: int, monkeypatch, capsys) -> None:
+    def fail(_config: Collect) -> None:
+        raise failure
+
+    monkeypatch.setattr("sim_client.collect.collect", fail)
+    monkeypatch.setattr("sys.argv", ["collect", "--episodes", "1", "--output", "nowhere"])
+    assert main() == code
+    assert "goes on from here" in capsys.readouterr().err
 
 
 def test_a_killed_collection_loses_at_most_the_running_episodes(tmp_path: Path) -> None:

@@ -279,6 +279,12 @@ def test_a_report_that_cannot_be_written_costs_no_result(server, tmp_path, monke
     assert "--report" in said.err
 
 
+def test_a_certificate_that_is_not_there_is_no_failed_policy(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluate", "--tls-ca", str(tmp_path / "no.pem"), "--min-success", "0.9"])
+    assert main() == 2
+    assert "no.pem" in capsys.readouterr().err
+
+
 def test_a_robot_gives_up_on_a_server_that_never_has_room(server, scene, monkeypatch) -> None:
     busy(server, monkeypatch, when=lambda number: number >= 4)
     with PolicyClient(server.address) as client, pytest.raises(PolicyError) as refused:

@@ -1,5 +1,7 @@
 """Files that are either whole or absent: what the four packages write goes through here."""
 
+import errno
+import glob
 import os
 import tempfile
 from pathlib import Path
@@ -12,9 +14,15 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, owner: tuple
         mode: who may read and write it.
         owner: user and group that it belongs to; None: who writes it.
 
+    What a symbolic link leads to is written, and the link stays.
+
     Raises:
-        OSError: when the directory cannot be written or the disk is full; the old file, if any, is untouched.
+        OSError: when the directory cannot be written or the disk is full; the old file, if any, is untouched. And where
+            there is a device, a pipe or a folder, which could only be replaced.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "is no file, and would be replaced by one", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -33,5 +41,5 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, owner: tuple
 
 def remove_unfinished(path: Path) -> None:
     """What processes that were killed while they wrote `path` have left. Nobody may be writing it now."""
-    for scratch in path.parent.glob(f".{path.name}.????????"):
+    for scratch in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         scratch.unlink(missing_ok=True)

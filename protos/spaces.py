@@ -56,6 +56,9 @@ class Field:
     high: float | None = None
 
     def __post_init__(self) -> None:
+        for word in (self.name, self.unit, *self.components):  # a stranger's contract may hold anything
+            if not (isinstance(word, str) and word and word.isprintable()):
+                raise ValueError(f"a field's name, unit and components must be printable text, got {word!r}")
         _as_floats(self)
         interval = self.low is not None and self.high is not None
         if (self.limit is not None) == interval:
@@ -87,6 +90,9 @@ class ActionSpec:
     fields: tuple[Field, ...]
 
     def __post_init__(self) -> None:
+        names = [f.name for f in self.fields]
+        if len(set(names)) != len(names):
+            raise ValueError(f"names of action fields must be distinct, got {names}")
         if len(set(self.components)) != len(self.components):
             raise ValueError(f"action components must be distinct, got {self.components}")
 

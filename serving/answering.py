@@ -17,6 +17,7 @@ from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import LONGEST, Rejected, Status
 from serving.logs import Throttle
 from serving.metrics import Metrics, Phases
@@ -157,7 +158,7 @@ def _status(field: str, expected: str, got: str, remedy: str, status: Status) ->
     return rpc_status.to_status(status_of(Rejected(field, expected, got, remedy, status)))
 
 
-ADMIN_METHODS = frozenset(("LoadPolicy", "UnloadPolicy", "SetDefaultPolicy", "Drain"))
+ADMIN_METHODS = frozenset(pb.DESCRIPTOR.services_by_name["PolicyAdmin"].methods_by_name)
 
 
 def status_of(rejected: Rejected) -> status_pb2.Status:

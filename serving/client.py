@@ -28,6 +28,9 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_retries", 0),  # retries are ours: bounded, within the deadline, UNAVAILABLE only
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # Wi-Fi that roams loses a connection without a word: calls would end by their deadlines until TCP gives up.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
 ]
 HEALTH = "/grpc.health.v1.Health/Check"
 """Spelled out, as a controller need not have grpcio-health-checking. An empty message asks for the whole server."""
@@ -95,7 +98,7 @@ class Connection:
 
     @property
     def _secret(self) -> str:
-        return self.token_file.read_text().strip() if self.token_file else self.token
+        return self.token_file.read_text(encoding="utf-8").strip() if self.token_file else self.token
 
 
 class PolicyError(Exception):

@@ -17,6 +17,8 @@ from serving.errors import StartupError
 from serving.frames import FrameRules
 
 ENVIRONMENT = "EQUISERVE_"
+MOST = 10**9
+"""Of whatever is a number: what a timer, or a field of an answer, can hold."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Config:
     """About how long the last of them may have to; of a slow policy's calls fewer wait, but always one."""
     client_hz: float = 60.0
     """Inferences a second for one client while others, that ask for less, act too; alone it may have any number. And
-    all its other calls a second while others act, from GetStats to LoadPolicy."""
+    so many StartEpisode, ListPolicies, GetPolicy and GetStats a second while others act."""
     max_batch: int = 1
     """Above 1, calls that wait for the same policy share an inference. For many clients of a large policy; with --queue
     of one less, or more."""
@@ -110,8 +112,8 @@ class Config:
             "grace_s": 0, "record_file_mib": 1, "record_total_mib": 1,
         }  # fmt: skip
         for name, low in lowest.items():
-            if not low <= getattr(self, name) < math.inf:
-                raise StartupError(f"{name} must be finite and at least {low}, got {getattr(self, name)}")
+            if not low <= getattr(self, name) <= MOST:
+                raise StartupError(f"{name} must be {low} to {MOST}, got {getattr(self, name)}")
         if self.metrics_port is not None and not 0 <= self.metrics_port < 2**16:
             raise StartupError(f"metrics_port must be a port, 0 to 65535, got {self.metrics_port}")
         if not self.policy and not self.policies:
@@ -182,7 +184,7 @@ def _from_file(flags: list[str]) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        settings = tomllib.loads(path.read_text())
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise StartupError(f"--config {path}: {error}") from error
     _require_known(settings, f"--config {path}")

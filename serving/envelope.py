@@ -23,7 +23,7 @@ ROUNDING = 1e-6
 """A float32 on its bound may exceed it by this fraction; that is arithmetic, not a wish to go further."""
 SHRINK = 1 - 1e-7  # so that what was shortened is still within when it is rounded to float32
 AXIS_OF = {"dx": 0, "dy": 1, "dz": 2}
-ROTATION = "dtheta"
+ROTATION, COMMAND = "dtheta", "p"
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,27 @@ class Decision:
     action: NDArray[np.float32]
     interventions: tuple[Intervention, ...] = ()
     hold: bool = False
+
+
+def require_bound(action: ActionSpec) -> None:
+    """Whether an envelope can keep every part of such actions within limits that have names of their own.
+
+    Motions have a limit, in the units of the wire; the command has an interval, as a hold repeats what has: of a
+    motion that would be one more step.
+
+    Raises:
+        Rejected: FAILED_PRECONDITION, naming the fields that it could not.
+    """
+    units = {**dict.fromkeys(AXIS_OF, "m"), ROTATION: "rad"}
+    for one in action.fields:
+        command = one.components == (COMMAND,) and one.limit is None
+        motion = one.limit is not None and all(units.get(c) == one.unit for c in one.components)
+        if not (command or motion) or one.name in SCALARS:
+            expected = (
+                f"fields of {', '.join(AXIS_OF)} in m or {ROTATION} in rad, with a limit, and of {COMMAND} with low "
+                f"and high; none called {', '.join(SCALARS)}"
+            )
+            raise Rejected("contract.action", expected, one.name, "", Status.FAILED_PRECONDITION)
 
 
 class Envelope:

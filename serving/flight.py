@@ -210,6 +210,8 @@ def _chunks(stream: BinaryIO) -> Iterator[tuple[int, Chunk]]:
                 raise _Damage(at, "a record whose lengths contradict each other")
             if len(content) == length:
                 yield at, Chunk("lz4", content[_CHUNK.size :], last, first, crc, size)
+        if len(content) < length:  # cut off, or being written: what would be read next began inside of it
+            break
     if complete:
         raise _Damage(end, "an end that does not belong to what is before it")
 
@@ -255,13 +257,19 @@ def is_under_way(path: Path) -> bool:
     return False
 
 
+def age_order(file: Path) -> tuple[str, int, str]:
+    """A key that sorts a recorder's files, STAMP-NUMBER, as they were made; others' by their names."""
+    stamp, _, number = file.name.removesuffix(SUFFIX).partition("-")
+    return stamp, int(number) if number.isdecimal() else 0, file.name
+
+
 def files_of(path: Path) -> list[Path]:
     """The recording's files, oldest first: `path` itself, or those in the folder.
 
     Raises:
         Rejected: when there is none.
     """
-    files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
+    files = sorted(path.glob(f"*{SUFFIX}"), key=age_order) if path.is_dir() else [path]
     if not files or not files[0].exists():
         raise _refused(path, "a flight recording, or a folder of them", "nothing")
     return files

@@ -149,8 +149,10 @@ class Library:
         Returns what happened, a line each. A file that must not serve changes nothing but the log, and neither does a
         folder that cannot be read, or has no policy left: it may be a disk that is away.
         """
-        said = []
+        said: list[str] = []
         with self._loading:
+            if not self.registry.default:  # the start is about to look at every file
+                return said
             try:
                 found = self._in_folder()
                 vanished = {p.name for p in self.registry} - set(found) - set(self._named)

@@ -8,10 +8,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+from wsgiref.simple_server import WSGIServer
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from serving.errors import StartupError
@@ -22,6 +24,8 @@ log = logging.getLogger(__name__)
 # 0.1 ms to 10 s: a small policy answers in one millisecond, a paper-size one on a loaded machine in a hundred.
 BUCKETS_S = (*(base * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for base in (1, 2, 5)), 10.0)
 PHASES = ("decode", "queue", "inference", "safety", "encode")
+PATIENCE_S = 10.0
+"""With who asks for /metrics."""
 RECENT = 4096
 """Calls that GetStats' quantiles speak of."""
 
@@ -53,6 +57,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._started = time.monotonic()
+        self._page: WSGIServer | None = None
         self._recent: dict[str, deque[float]] = {name: deque(maxlen=RECENT) for name in ("call", *PHASES)}
         self._timings = _Timings()
         self.registry.register(self._timings)
@@ -85,6 +90,10 @@ class Metrics:
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A gauge that is read when it is asked for."""
         Gauge(f"equiserve_{name}", text, registry=self.registry).set_function(read)
+
+    def watch_count(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A count that somebody else keeps, read when it is asked for."""
+        self.registry.register(_Count(f"equiserve_{name}", text, read))
 
     def watch_proofs(self, live: Iterable[Policy]) -> None:
         """What those policies measured when they were loaded that are in `live` when it is asked for."""
@@ -120,11 +129,32 @@ class Metrics:
             server, _ = start_http_server(port, addr=host, registry=self.registry)
         except OSError as error:
             raise StartupError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
+        # Who connects and asks nothing would keep a thread for ever.
+        handler: Any = server.RequestHandlerClass
+        server.RequestHandlerClass = type("Handler", (handler,), {"timeout": PATIENCE_S})
+        self._page = server
         log.info("metrics on http://%s:%d/metrics", host, server.server_port)
         return server.server_port
 
+    def close(self) -> None:
+        """Serve /metrics no more."""
+        if self._page is not None:
+            self._page.shutdown()
+            self._page.server_close()
+            self._page = None
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"equiserve_{name}", text, labels, registry=self.registry)
+
+
+@dataclass(frozen=True)
+class _Count(Collector):
+    name: str
+    text: str
+    read: Callable[[], float]
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily(self.name, self.text, value=self.read())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ from google.protobuf.message import DecodeError
 
 from protos.errors import Rejected
 
+KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+"""The attributes of a method handler, of which one is set."""
+
 
 @dataclass(frozen=True)
 class _Unreadable:
@@ -18,27 +21,40 @@ class _Unreadable:
 
 
 class Parser(grpc.ServerInterceptor):
-    """Refuses what does not parse, through the same door as every other refusal."""
+    """Refuses what does not parse, through the same door as every other refusal.
+
+    And forgets what no field of ours is: a megabyte of it would be kept with a step, and recorded.
+    """
 
     def __init__(self, refuse: Callable[[str, Rejected, grpc.ServicerContext], None]) -> None:
         self._refuse = refuse
 
     def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         handler = continuation(details)
-        if handler is None or handler.request_streaming or handler.response_streaming:
+        if handler is None:
             return handler
-        parse, behave, method = handler.request_deserializer, handler.unary_unary, details.method.rpartition("/")[2]
+        parse, method = handler.request_deserializer, details.method.rpartition("/")[2]
 
         def parse_or_mark(content: bytes) -> Any:
             try:
-                return parse(content)
+                message = parse(content)
             except DecodeError:
                 return _Unreadable(len(content))
+            message.DiscardUnknownFields()
+            return message
 
-        def behave_or_refuse(request: Any, context: grpc.ServicerContext) -> Any:
+        def read(request: Any, context: grpc.ServicerContext) -> Any:
             if isinstance(request, _Unreadable):
                 got = f"{request.size} bytes that are none"
                 self._refuse(method, Rejected("request", "a protobuf message", got, "is it the right method?"), context)
-            return behave(request, context)
+            return request
 
-        return grpc.unary_unary_rpc_method_handler(behave_or_refuse, parse_or_mark, handler.response_serializer)
+        name = next(name for name in KINDS if getattr(handler, name) is not None)
+        behave = getattr(handler, name)
+
+        def behave_or_refuse(asked: Any, context: grpc.ServicerContext, *send: Any) -> Any:
+            asked = (read(one, context) for one in asked) if handler.request_streaming else read(asked, context)
+            return behave(asked, context, *send)
+
+        behave_or_refuse.__dict__.update(getattr(behave, "__dict__", {}))  # whether it answers by callback
+        return handler._replace(request_deserializer=parse_or_mark, **{name: behave_or_refuse})

@@ -15,6 +15,7 @@ from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status
 from protos.manifest import INPUTS, OUTPUTS, VALUE_OUTPUT, Manifest
 from protos.spaces import Observation, PolicySpec
+from serving.envelope import require_bound
 from serving.errors import PolicyRefused
 from serving.onnx_header import require_standard_operators
 
@@ -23,7 +24,6 @@ BATCH = 8
 """Images per run in `act_batch`: a paper-size network holds 32 MB of activations per image."""
 QUIET = 4  # onnxruntime's severity "fatal": its errors reach us as exceptions, its log would only repeat them
 EXPORT_AGAIN = "export the policy again with training.run"
-COMMAND = "p"
 """The gripper's: the one component that says where to be, and not how far to move."""
 
 
@@ -203,7 +203,7 @@ def _open(content: bytes, intra_op_threads: int) -> ort.InferenceSession:
         if "xternal" in str(error):
             remedy = "export with external_data=False: a policy is one file"
             raise _refusal("file", "all weights inside the file", "weights in another file", remedy) from error
-        got = f"{len(content)} bytes that onnxruntime cannot load: {str(error).splitlines()[0][:200]}"
+        got = f"{len(content)} bytes that onnxruntime cannot load: {_first_line(error)}"
         raise _refusal("file", "an ONNX model", got, "copy the file again, completely, or " + EXPORT_AGAIN) from error
 
 
@@ -219,9 +219,7 @@ def _require_known_components(spec: PolicySpec) -> None:
     wire = set(pb.Action.DESCRIPTOR.fields_by_name)
     if not set(spec.action.components) <= wire:
         raise _refusal("contract.action", f"components among {sorted(wire)}", str(spec.action.components))
-    intervals = [f.name for f in spec.action.fields if f.limit is None and f.components != (COMMAND,)]
-    if intervals:  # what has no limit is a command, which a hold repeats: of a motion it would be one more step
-        raise _refusal("contract.action", f"low and high of {COMMAND} alone, a limit of motions", ", ".join(intervals))
+    require_bound(spec.action)
 
 
 def _input_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
@@ -257,12 +255,16 @@ def _require_shapes_that_come(policy: Policy) -> None:
         try:
             outputs = policy.act_batch(golden.depth[:batch], golden.gripper[:batch])
         except Exception as error:  # onnxruntime's errors share no base class
-            got = f"an error: {str(error).splitlines()[0][:200]}"
+            got = f"an error: {_first_line(error)}"
             raise _refusal("graph", "an answer to its own golden observations", got) from error
         for name in ("action", "normalized", "std", "value"):
             array, shape = getattr(outputs, name), (batch,) if name == "value" else (batch, size)
             if array is not None and array.shape != shape:
                 raise _refusal(f"output {name}", f"{list(shape)} for a batch of {batch}", str(list(array.shape)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0][:200]  # a MemoryError has no text
 
 
 def _refusal(field: str, expected: str, got: str, remedy: str = EXPORT_AGAIN) -> Rejected:

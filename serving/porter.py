@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,13 +15,21 @@ import grpc
 from protos.errors import RETRY, Rejected, Status
 from serving.answering import Answering
 from serving.dispatcher import Dispatcher
-from serving.security import Gate
+from serving.parsing import KINDS
+from serving.security import Gate, closed
 
 log = logging.getLogger(__name__)
 
 OURS = "/equiserve.v1."
 NO_MESSAGE = "request: expected one message, got none"
-ACTING = frozenset(f"{OURS}PolicyService/{method}" for method in ("GetAction", "GetActionBatch"))
+SERVICE = f"{OURS}PolicyService/"
+ACTING = frozenset(SERVICE + method for method in ("GetAction", "GetActionBatch"))
+ASKING = frozenset(SERVICE + method for method in ("StartEpisode", "ListPolicies", "GetPolicy", "GetStats"))
+"""Held to a rate beside who acts; what ends something, an episode or the server, is not."""
+
+NO_THREAD = Rejected(
+    "server", "a thread that is free for health and reflection", "none", "ask less often", Status.RESOURCE_EXHAUSTED
+)
 
 AWAITED = 8
 """Calls of one client whose message has not come: a thread waits for each, and nobody may take all of those."""
@@ -35,7 +43,8 @@ class Porter(grpc.ServerInterceptor):
 
     To gRPC a method is one with a stream of requests, of which it reads one; on the wire that is the same. What is not
     ours, health and reflection, has threads of its own, and its streams others than its checks: nobody waits for a
-    thread that a stream holds. From `start` to `close`, a thread looks for messages that do not come.
+    thread that a stream holds. Where all of those are taken and as many calls wait for them, more are refused. From
+    `start` to `close`, a thread looks for messages that do not come.
     """
 
     def __init__(
@@ -44,8 +53,8 @@ class Porter(grpc.ServerInterceptor):
         gate: Gate,
         answering: Answering,
         *,
-        checks: ThreadPoolExecutor,
-        streams: ThreadPoolExecutor,
+        checks: "Threads",
+        streams: "Threads",
     ) -> None:
         self._dispatcher, self._gate, self._answering = dispatcher, gate, answering
         self._checks, self._streams = checks, streams
@@ -64,16 +73,20 @@ class Porter(grpc.ServerInterceptor):
         handler = continuation(details)
         if handler is None:
             return handler
-        pool = self._streams
+        method, ours = details.method.rpartition("/")[2], details.method.startswith(OURS)
+        pool = self._checks if handler.unary_unary is not None else self._streams
+        if not ours and pool.full:
+            # On a robots' thread, for a moment: in a pool's line, it would count among the calls at once.
+            return closed(handler, functools.partial(self._answering.refuse, method, NO_THREAD))
         if handler.unary_unary is not None:
-            handler, pool = self._waiting(handler, details), self._checks
+            handler = self._waiting(handler, details)
         elif handler.response_streaming:
-            handler = self._patient(handler)
-        return handler if details.method.startswith(OURS) else _on(pool, handler)
+            handler = self._patient(handler, method)
+        return handler if ours else _on(pool, handler)
 
     def _waiting(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
         method, behave = details.method.rpartition("/")[2], handler.unary_unary
-        ours, acts = details.method.startswith(OURS), details.method in ACTING
+        ours = details.method.startswith(OURS)
         within_s = MESSAGE_S if ours else QUESTION_S
         repeats = any(key == RETRY for key, _ in details.invocation_metadata or ())
 
@@ -82,10 +95,12 @@ class Porter(grpc.ServerInterceptor):
                 client = context.peer()
                 if ours:
                     client = self._gate.require(details.method, details.invocation_metadata) or client
-                if ours and not acts:
-                    self._dispatcher.admit_question(client)
-                elif ours and not self._answering.draining:  # who drains says so
+                if self._answering.draining:
+                    pass  # who drains says so
+                elif details.method in ACTING:
                     self._dispatcher.admit(client, repeats=repeats)
+                elif details.method in ASKING:
+                    self._dispatcher.admit_question(client)
                 self._begin_to_wait(client)
             except Rejected as rejected:
                 self._answering.refuse(method, rejected, context)
@@ -102,8 +117,11 @@ class Porter(grpc.ServerInterceptor):
 
         return grpc.stream_unary_rpc_method_handler(enter, handler.request_deserializer, handler.response_serializer)
 
-    def _patient(self, handler: Any) -> Any:
-        """A method with a stream of replies, whose caller does not keep a thread waiting for what he asks."""
+    def _patient(self, handler: Any, method: str) -> Any:
+        """A method with a stream of replies, whose caller does not keep a thread waiting for what he asks.
+
+        Of one connection AWAITED may wait for a message: a watch for its first, a stream of reflection while it lasts.
+        """
         behave = handler.stream_stream or handler.unary_stream
 
         def messages(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
@@ -117,10 +135,22 @@ class Porter(grpc.ServerInterceptor):
                 within_s = NEXT_S
 
         def enter(requests: Iterator[Any], context: grpc.ServicerContext, *send: Any) -> Any:
-            asked: Any = messages(requests, context)
-            if handler.unary_stream is not None and (asked := next(asked, None)) is None:
+            peer, asked = context.peer(), messages(requests, context)
+            try:
+                self._begin_to_wait(peer)
+            except Rejected as rejected:
+                self._answering.refuse(method, rejected, context)
+            if handler.unary_stream is None:
+                if not context.add_callback(lambda: self._end_wait(peer)):
+                    self._end_wait(peer)
+                return behave(asked, context, *send)
+            try:
+                request: Any = next(asked, None)
+            finally:
+                self._end_wait(peer)
+            if request is None:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
-            return behave(asked, context, *send)
+            return behave(request, context, *send)
 
         enter.__dict__.update(getattr(behave, "__dict__", {}))  # whether it answers by callback
         return grpc.stream_stream_rpc_method_handler(enter, handler.request_deserializer, handler.response_serializer)
@@ -159,9 +189,33 @@ class Porter(grpc.ServerInterceptor):
                 del self._awaited[client]
 
 
-def _on(pool: ThreadPoolExecutor, handler: Any) -> Any:
+class Threads(ThreadPoolExecutor):
+    """So many threads, and a line before them that has an end."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self._most = 2 * count
+        self._taken, self._taking = 0, threading.Lock()
+
+    @property
+    def full(self) -> bool:
+        return self._taken >= self._most
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        with self._taking:
+            self._taken += 1
+        future = super().submit(fn, *args, **kwargs)
+        future.add_done_callback(lambda _: self._leave())
+        return future
+
+    def _leave(self) -> None:
+        with self._taking:
+            self._taken -= 1
+
+
+def _on(pool: Threads, handler: Any) -> Any:
     """The same method, on threads of that pool: gRPC looks for it at the function."""
-    for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
+    for kind in KINDS:
         if (behave := getattr(handler, kind)) is not None:
             there = functools.partial(behave)
             there.__dict__.update(getattr(behave, "__dict__", {}), experimental_thread_pool=pool)

@@ -6,6 +6,7 @@ and counted, and acting never waits.
 
 import logging
 import re
+import tempfile
 import threading
 import time
 from datetime import UTC, datetime
@@ -18,12 +19,13 @@ from google.protobuf.message import Message
 from protos.equiserve.v1 import policy_pb2 as pb
 from serving.envelope import Limits
 from serving.errors import StartupError
-from serving.flight import SUFFIX, FlightFile, is_under_way, recorded
+from serving.flight import SUFFIX, FlightFile, age_order, is_under_way, recorded
 
 log = logging.getLogger(__name__)
 
-WAITING_BYTES = 32 * 2**20
-"""Between the calls and the disk: 512 frames of 128 x 128, some seconds of a stalled disk."""
+WAITING_BYTES, ITEM_BYTES = 32 * 2**20, 1024
+"""Between the calls and the disk: 512 frames of 128 x 128, some seconds of a stalled disk. And what a message takes
+besides its own bytes."""
 FILE_MESSAGES = 4096
 """In one file, whatever their size: its index grows by 0.5 KiB a message and is in memory until the file is closed."""
 TRY_AGAIN_S = 1.0
@@ -63,9 +65,8 @@ def require_folder(folder: Path, *, make: bool = True) -> None:
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
-        probe = next(place for place in (folder, *folder.absolute().parents) if place.exists()) / ".writable"
-        probe.touch()
-        probe.unlink()
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise StartupError(f"--record {folder}: {error.strerror}") from error
 
@@ -105,7 +106,8 @@ class Recorder:
 
         The thread puts it together: to copy a frame takes 20 us, which a call would wait for.
         """
-        size = sum(field.ByteSize() if isinstance(field, Message) else len(field) for field in fields.values())
+        told = sum(field.ByteSize() if isinstance(field, Message) else len(field) for field in fields.values())
+        size = told + ITEM_BYTES
         with self._counting:
             if self._closing.is_set() or self._waiting_bytes + size > WAITING_BYTES:
                 self.dropped += 1
@@ -190,7 +192,7 @@ class Recorder:
 
     def _files(self) -> list[Path]:
         """Oldest first; others' files are neither counted nor removed."""
-        return sorted(file for file in self._folder.glob(f"*{SUFFIX}") if _NAME.fullmatch(file.name))
+        return sorted((f for f in self._folder.glob(f"*{SUFFIX}") if _NAME.fullmatch(f.name)), key=age_order)
 
     def _close(self) -> None:
         file, self._file = self._file, None

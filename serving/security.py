@@ -6,6 +6,7 @@ the log holds names alone.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import logging
 import os
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 ROLES = ("act", "admin")
 ADMIN_SERVICE = "equiserve.v1.PolicyAdmin"
-LINE = re.compile(r"(?P<name>[\w.-]{1,64}) (?P<roles>(act|admin)(,(act|admin))*) (?P<sha256>[0-9a-f]{64})")
+LINE = re.compile(r"(?P<name>[\w.-]{1,64}) (?P<roles>(act|admin)(,(act|admin))*) (?P<sha256>[0-9a-f]{64})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def _new_token(name: str, roles: Iterable[str], file: Path) -> str:
     known = read_tokens(file) if there else []
     if name in [token.name for token in known]:
         raise StartupError(f"{file} has a token for {name} already; remove its line first")
-    before = file.read_text() if there else "# name roles sha256(token); made by python -m serving.tokens"
+    header = "# name roles sha256(token); made by python -m serving.tokens"
+    before = file.read_text(encoding="utf-8") if there else header
     content = "\n".join([*before.splitlines(), line, ""]).encode()  # an editor may leave no last newline
     if there:
         write_atomically(file, content, mode=stat.S_IMODE(there.st_mode), owner=(there.st_uid, there.st_gid))
@@ -90,7 +92,7 @@ def _new_token(name: str, roles: Iterable[str], file: Path) -> str:
 def read_tokens(file: Path) -> list[Token]:
     """Raises StartupError naming the line that does not parse, and not what stands there: it may be a secret."""
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise StartupError(f"--tokens {file}: {error}") from error
     tokens = []
@@ -161,20 +163,20 @@ class Doorman(grpc.ServerInterceptor):
             try:
                 self._gate.require(details.method, details.invocation_metadata)
             except Rejected as rejected:
-                return self._closed(continuation(details), details.method, rejected)
+                handler, method = continuation(details), details.method.rpartition("/")[2]
+                return handler and closed(handler, functools.partial(self._refused, method, rejected))
         return continuation(details)
 
-    def _closed(self, handler: Any, method: str, rejected: Rejected) -> Any:
-        """A handler that looks the same on the wire and refuses; having a stream of requests, it waits for none."""
-        if handler is None:
-            return None
 
-        def refuse(_requests: Any, context: grpc.ServicerContext) -> None:
-            self._refused(method.rpartition("/")[2], rejected, context)
+def closed(handler: Any, refuse: Callable[[grpc.ServicerContext], None]) -> Any:
+    """A handler that looks the same on the wire and refuses; having a stream of requests, it waits for none."""
 
-        if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(refuse)
-        return grpc.stream_unary_rpc_method_handler(refuse)
+    def behave(_requests: Any, context: grpc.ServicerContext) -> None:
+        refuse(context)
+
+    if handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(behave)
+    return grpc.stream_unary_rpc_method_handler(behave)
 
 
 class Certificates:
@@ -214,7 +216,8 @@ class Certificates:
     def _read(self) -> Any:
         cert, key = self._files[:2]
         contents = [file.read_bytes() for file in self._files]  # of a missing file, ssl's error has no name
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(cert, key, password=_no_passphrase)
         if self._client_ca:
             ssl.create_default_context(cafile=self._client_ca)
         authority = contents[2] if self._client_ca else None
@@ -222,6 +225,11 @@ class Certificates:
 
     def _stamps(self) -> tuple[float, ...]:
         return tuple(file.stat().st_mtime_ns for file in self._files)
+
+
+def _no_passphrase() -> str:
+    """Instead of asking for it on a terminal, and grpc could not read such a key."""
+    raise ssl.SSLError("the key has a passphrase; a server needs one without")
 
 
 def _sha256(secret: str) -> str:

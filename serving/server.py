@@ -36,7 +36,7 @@ from serving.library import Library
 from serving.listening import bind, require_address
 from serving.metrics import Metrics
 from serving.parsing import Parser
-from serving.porter import Porter
+from serving.porter import Porter, Threads
 from serving.recorder import Recorder, require_folder
 from serving.registry import Registry
 from serving.security import Certificates, Doorman, Gate
@@ -100,8 +100,8 @@ class Server:
             self.dispatcher,
             self.gate,
             self.answering,
-            checks=ThreadPoolExecutor(OTHER_THREADS),
-            streams=ThreadPoolExecutor(OTHER_THREADS),
+            checks=Threads(OTHER_THREADS),
+            streams=Threads(OTHER_THREADS),
         )
         self._grpc = grpc.server(
             pool,
@@ -117,6 +117,9 @@ class Server:
                 ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+                ("grpc.keepalive_permit_without_calls", 1),  # a robot's computer may lose power between two calls
+                ("grpc.http2.max_pings_without_data", 0),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),  # serving.client's own
                 ("grpc.so_reuseport", 0),  # or two servers could share a port and answer in turns
             ],
             maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
@@ -172,6 +175,7 @@ class Server:
             time.sleep(min(LAME_DUCK_S, self.config.grace_s))
         self._grpc.stop(self.config.grace_s).wait()
         self._porter.close()
+        self.metrics.close()
         answered = sum(n for (_, code), n in self.metrics.call_counts().items() if code == "OK")
         log.info(
             "stopped: %d calls answered, %d refused", answered, sum(self.metrics.call_counts().values()) - answered
@@ -204,10 +208,11 @@ class Server:
         watch("uptime_seconds", "Since the server was made.", lambda: self.metrics.uptime_s)
         watch("running", "Inferences under way.", lambda: self.dispatcher.running)
         watch("waiting", "Calls that wait for the model.", lambda: self.dispatcher.waiting)
-        watch("expired_total", "Calls that left the line unanswered.", lambda: self.dispatcher.expired)
         watch("open_episodes", "Episodes under way.", lambda: len(self.sessions))
-        for name, text in (("recorded", "Messages recorded."), ("dropped", "Messages that could not be recorded.")):
-            watch(f"flight_{name}_total", text, lambda name=name: getattr(self.recorder, name, 0))  # type: ignore[misc]
+        count = self.metrics.watch_count
+        count("expired", "Calls that left the line unanswered.", lambda: self.dispatcher.expired)
+        count("flight_recorded", "Messages recorded.", lambda: self.recorder.recorded if self.recorder else 0)
+        count("flight_dropped", "Messages not recorded.", lambda: self.recorder.dropped if self.recorder else 0)
 
 
 class _Workers(ThreadPoolExecutor):
@@ -253,18 +258,18 @@ def serve(config: Config) -> None:
     with Server(config) as server:
         refresh = threading.Event()
         listen(dict.fromkeys(STOPS, server.stopping) | {signal.SIGHUP: refresh})
+        refresh_when(refresh, server)
         if server.load():
             gc.collect()
             gc.freeze()  # what a start leaves stays: to look through it again would stop every call for 26 to 52 ms
             print(f"serving on {server.address}", flush=True)
-            refresh_when(refresh, server)
             server.stopping.wait()
         log.info("draining: no new calls, %g s for those in flight", config.grace_s)
 
 
 def refresh_when(asked: threading.Event, server: Server) -> None:
     """Look at tokens and policies again whenever `asked` is set, in threads of their own: policies that take long to
-    prove themselves must not keep a token from being revoked."""
+    prove themselves, at the start, too, must not keep a token from being revoked."""
     policies = threading.Event()
 
     def tokens() -> None:

@@ -223,3 +223,20 @@ def test_pixels_lie_where_the_world_is():
 def test_axes_are_two_vectors_of_two():
     with pytest.raises(ValueError, match="orthonormal"):
         replace(OBSERVATION, row_axis=(-1, 0, 0), col_axis=(0, -1, 0))
+
+
+@pytest.mark.parametrize("odd", ['"\\ud800"', "NaN", "[" * 900 + "]" * 900, "7", '""', '"a\\nb"'], ids=ascii)
+@pytest.mark.parametrize("place", ['"unit":"m"', '"name":"yaw"', '"components":["dz"]'])
+def test_what_a_contract_calls_its_parts_is_text(place, odd):
+    """A stranger may send it, and what it says is told, logged and counted by."""
+    key = place.partition(":")[0]
+    changed = SPEC.to_json().replace(place, f"{key}:[{odd}]" if "[" in place else f"{key}:{odd}")
+    assert changed != SPEC.to_json()
+    with pytest.raises(Rejected):
+        PolicySpec.from_json(changed)
+
+
+def test_fields_have_names_of_their_own():
+    """Of two called the same, one would be looked for in the other's place, and never be bounded."""
+    with pytest.raises(ValueError, match="distinct"):
+        other_action(3, replace(ACTION.fields[3], name="lift"))

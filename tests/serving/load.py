@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -118,3 +119,43 @@ def rude_client(address: str, rate: float, over: threading.Event, seed: int, see
                     seen["OK"] += 1
             except grpc.RpcError as error:
                 seen[error.code().name] += 1
+
+
+class Relay:
+    """Passes bytes on to `upstream` and back, until it loses a connection, and says nothing."""
+
+    def __init__(self, upstream: str) -> None:
+        host, _, port = upstream.rpartition(":")
+        self._upstream, self._sockets = (host, int(port)), []
+        self._passing = threading.Event()
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._door.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def lose(self) -> None:
+        """The one that was made last; who connects anew is served."""
+        self._passing.clear()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, far = self._door.accept()[0], socket.create_connection(self._upstream)
+                self._sockets += [near, far]
+                self._passing = passing = threading.Event()
+                passing.set()
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=(one, other, passing), daemon=True).start()
+
+    def _pass_on(self, one: socket.socket, other: socket.socket, passing: threading.Event) -> None:
+        with suppress(OSError):
+            while data := one.recv(65536):
+                if not passing.is_set():
+                    return
+                other.sendall(data)
+
+    def __enter__(self) -> "Relay":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in (self._door, *self._sockets):
+            one.close()

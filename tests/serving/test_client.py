@@ -15,11 +15,11 @@ from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from protos.errors import RETRY, Rejected
 from protos.spaces import ACTION, OBSERVATION, PolicySpec, Pose
-from serving.client import PolicyClient, PolicyError
+from serving.client import CHANNEL_OPTIONS, PolicyClient, PolicyError
 from serving.flight import files_of, read
 from tests.makers import UNHURRIED_MS, scene, small_spec
 from tests.serving.conftest import address_of
-from tests.serving.load import free_port
+from tests.serving.load import Relay, free_port
 
 CODES = [code for code in grpc.StatusCode if code not in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)]
 
@@ -305,3 +305,19 @@ def test_an_answer_says_until_when_it_may_be_applied(running):
         assert before + left_s <= answer.expires_at <= time.monotonic() + left_s
         assert (answer.hold, answer.warnings) == (False, ())
         assert answer.request_id
+
+
+def test_a_connection_that_went_silent_is_replaced(serve, healthy, monkeypatch):
+    """As by Wi-Fi that roams: nothing comes any more, and nobody says so."""
+    options = dict(CHANNEL_OPTIONS) | {"grpc.keepalive_time_ms": 500, "grpc.keepalive_timeout_ms": 500}
+    monkeypatch.setattr("serving.client.CHANNEL_OPTIONS", list(options.items()))
+    running = serve(policy=(str(healthy),))
+    with Relay(running.server.address) as relay, PolicyClient(relay.address, timeout_s=0.3) as client:
+        client.act(scene(0))
+        relay.lose()
+        end = time.monotonic() + 15
+        while True:
+            with suppress(PolicyError):
+                client.act(scene(1))
+                break
+            assert time.monotonic() < end, "the connection stays, though another would do"

@@ -113,6 +113,8 @@ def test_the_neighbours_that_kubernetes_tells_of_are_no_settings():
         ("= 3", {}, "server.toml"),
         ("policy = 'a.onnx'", {"EQUISERVE_LISTN": "x"}, "the environment: no setting is called listn"),
         ("queue = -1\npolicy = 'a.onnx'", {}, "queue must be"),
+        ("policy = 'a.onnx'\nvalid_for_ms = 1e17", {}, "valid_for_ms must be"),
+        ("policy = 'a.onnx'\ngrace_s = inf", {}, "grace_s must be"),
         ("policy = 'a.onnx'\nlimits = { planar = -0.1 }", {}, "planar"),
         ("policy = 'a.onnx'\nmax_batch = 8", {}, "raise --queue"),
         ("check_config = true\npolicy = 'a.onnx'", {}, "no setting is called check_config"),

@@ -1,5 +1,8 @@
 """Recordings on disk: a cut file reads to its last whole message, and damage is never taken for the end."""
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -87,3 +90,22 @@ def test_a_closed_file_has_the_index_that_mcap_tools_look_for(tmp_path):
         assert reader.get_summary().statistics.message_count == 51
         topics = [(schema.name, channel.topic) for schema, channel, _ in reader.iter_messages()]
     assert topics == [("equiserve.v1.FlightPolicy", "policy")] + 50 * [("equiserve.v1.FlightAction", "action")]
+
+
+def test_a_recording_that_grows_while_it_is_read_is_not_damaged(recording, tmp_path, monkeypatch):
+    """The reader has met half of a chunk when the recorder writes the rest."""
+    content, entries, ends = recording
+    path, plain = tmp_path / "growing.mcap", Path.open
+    path.write_bytes(content[: ends[4] + 30])
+
+    class Growing(io.BufferedReader):
+        def read(self, size: int | None = -1) -> bytes:
+            found = super().read(size)
+            if size and 0 <= len(found) < size:
+                path.write_bytes(content[: ends[5]])
+            return found
+
+    monkeypatch.setattr(
+        Path, "open", lambda p, mode="r", *a, **k: Growing(io.FileIO(p)) if mode == "rb" else plain(p, mode, *a, **k)
+    )
+    assert list(read(path)) == entries[:5]

@@ -118,3 +118,15 @@ def test_there_is_an_end_to_how_many_watch_and_who_leaves_makes_room(serve, heal
             watch.cancel()
         until(lambda: not [thread for thread in threading.enumerate() if thread.name == "health"])
         assert next(stub.Watch(asked, timeout=10)).status == SERVING
+
+
+def test_a_peer_that_has_vanished_is_noticed_between_its_calls(serve, healthy, monkeypatch):
+    """A robot's computer that loses power says nothing: its connection would stay for ever."""
+    monkeypatch.setattr("serving.server.KEEPALIVE_MS", 500)
+    running = serve(policy=(str(healthy),))
+    host, _, port = running.server.address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=15) as silent:
+        silent.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]))
+        silent.sendall(bytes([0, 0, 0, SETTINGS, ACK, 0, 0, 0, 0]))
+        while silent.recv(4096):  # it asks whether anybody is there, and hangs up
+            pass

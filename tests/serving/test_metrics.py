@@ -2,6 +2,9 @@
 
 import contextlib
 import re
+import socket
+import threading
+import urllib.error
 import urllib.request
 
 import grpc
@@ -13,6 +16,7 @@ from serving.errors import StartupError
 from serving.metrics import PHASES, Metrics
 from tests.makers import scene
 from tests.serving.requests import acting
+from tests.serving.test_dispatcher import until
 
 
 def scrape(port, host="127.0.0.1"):
@@ -65,3 +69,24 @@ def test_metrics_are_where_they_were_asked_for(serve, healthy, caplog):
     assert f"http://127.0.0.2:{running.server.metrics_port}/metrics" in caplog.text
     with pytest.raises(urllib.error.URLError):
         scrape(running.server.metrics_port)
+
+
+def test_the_page_ends_with_its_server(serve, healthy):
+    running = serve(policy=(str(healthy),), metrics_port=0)
+    port = running.server.metrics_port
+    running.server.stop()
+    again = Metrics()
+    assert again.expose(port) == port
+    again.close()
+
+
+def test_who_asks_for_nothing_keeps_no_thread(monkeypatch):
+    monkeypatch.setattr("serving.metrics.PATIENCE_S", 0.2)
+    metrics = Metrics()
+    port, before = metrics.expose(0), threading.active_count()
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        until(lambda: threading.active_count() > before)
+        until(lambda: threading.active_count() <= before)
+    metrics.close()

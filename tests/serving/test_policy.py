@@ -1,6 +1,8 @@
 """Loading a file: complete and consistent, or refused with the file, what was expected, what came and what to do."""
 
 import hashlib
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -9,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from protos.manifest import GOLDEN_KEY, MANIFEST_KEY
-from protos.spaces import ACTION, SCALAR, ActionSpec, Field, PolicySpec
+from protos.spaces import ACTION, SCALAR, VECTOR, ActionSpec, Field, PolicySpec
 from serving.errors import PolicyRefused
 from serving.policy import load
 from tests.makers import far_scene, scene, small_spec, tiny_manifest, tiny_policy_file
@@ -122,13 +124,35 @@ def test_components_that_the_wire_does_not_have(tmp_path, policy):
     assert "droll" in reason.got
 
 
-def test_a_motion_without_a_limit(tmp_path, policy):
-    """It would be taken for a command, and a hold would repeat it."""
-    lift = Field("lift", ("dz",), SCALAR, low=-0.05, high=0.02, unit="m")
-    spec = PolicySpec(small_spec().observation, ActionSpec((*ACTION.fields[:2], lift, ACTION.fields[3])))
+GRIPPER, PLANAR, LIFT, YAW = ACTION.fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "unbound"),
+    [
+        # It would be taken for a command, and a hold would repeat it.
+        ((GRIPPER, PLANAR, Field("lift", ("dz",), SCALAR, low=-0.05, high=0.02, unit="m"), YAW), "lift"),
+        # A hold would close an empty hand.
+        ((Field("gripper", ("p",), SCALAR, limit=1.0, unit="1"), PLANAR, LIFT, YAW), "gripper"),
+        # Its bound would be the length of a step, of which there is none.
+        ((GRIPPER, PLANAR, LIFT, replace(YAW, name="step_m")), "step_m"),
+        # No translation, so no floor, and no rotation either.
+        ((GRIPPER, PLANAR, Field("both", ("dz", "dtheta"), VECTOR, limit=1.0, unit="m")), "both"),
+        ((GRIPPER, PLANAR, replace(LIFT, unit="mm"), YAW), "lift"),
+        ((GRIPPER, PLANAR, LIFT, replace(YAW, unit="deg")), "yaw"),
+    ],
+    ids=["interval", "limited command", "taken name", "mixed", "millimetres", "degrees"],
+)
+def test_what_no_envelope_would_keep_within_a_limit(tmp_path, policy, fields, unbound):
+    spec = PolicySpec(small_spec().observation, ActionSpec(fields))
     metadata = tiny_manifest(spec, policy.manifest.golden).to_metadata()
     reason = refusal_of(tiny_policy_file(tmp_path / "p.onnx", metadata=metadata))
-    assert (reason.field, reason.got) == ("contract.action", "lift")
+    assert (reason.field, reason.got) == ("contract.action", unbound)
+
+
+def test_an_error_without_a_text_is_a_refusal(healthy, monkeypatch):
+    monkeypatch.setattr("serving.policy.ort.InferenceSession", mock.Mock(side_effect=MemoryError()))
+    assert "MemoryError" in refusal_of(healthy).got
 
 
 def _edited(healthy, path, edit):

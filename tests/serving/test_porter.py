@@ -10,7 +10,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.equiserve.v1 import policy_pb2 as pb
+from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from protos.errors import RETRY, Rejected, Status
+from serving.security import new_token
 from serving.server import THREADS
 from tests.serving.load import connect
 from tests.serving.requests import acting, refusal
@@ -211,6 +213,57 @@ def test_questions_are_held_to_a_rate_beside_who_acts(serve, healthy):
         assert refusals(curious).keys() == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         assert not refusals(running.channel, calls=3)
         running.stub.GetAction(acting(1))
+
+
+@pytest.mark.parametrize("method", ["EndEpisode", "Drain"])
+def test_what_ends_something_is_never_asked_too_often(serve, healthy, tmp_path, method):
+    operator, arm = (
+        [("authorization", f"Bearer {new_token(role, (role,), tmp_path / 'tokens')}")] for role in ("admin", "act")
+    )
+    running = serve(policy=(str(healthy),), client_hz=5.0, tokens=tmp_path / "tokens")
+    started = running.stub.StartEpisode(pb.StartEpisodeRequest(), metadata=operator).episode_id
+    running.stub.GetAction(acting(1), metadata=arm)
+    asked = [running.stub.GetStats.future(pb.GetStatsRequest(), metadata=operator) for _ in range(30)]
+    assert Counter(call.code() for call in asked)[grpc.StatusCode.RESOURCE_EXHAUSTED] > 20
+    if method == "EndEpisode":
+        running.stub.EndEpisode(pb.EndEpisodeRequest(episode_id=started), metadata=operator)
+    else:
+        pb_grpc.PolicyAdminStub(running.channel).Drain(pb.DrainRequest(), metadata=operator)
+
+
+def test_streams_whose_messages_do_not_come_hold_up_nobody_else(serve, healthy):
+    """Not of one connection, not of many, and not by calls that are left as soon as they are made."""
+    running = serve(policy=(str(healthy),))
+    watch = "/grpc.health.v1.Health/Watch"
+    with ExitStack() as stack:
+        go = threading.Event()
+        stack.callback(go.set)
+
+        def never():
+            go.wait(20)
+            yield from ()
+
+        for _ in range(4):
+            channel = stack.enter_context(connect(running.server.address))
+            for _ in range(40):
+                channel.stream_stream(watch)(never(), timeout=20)
+            for _ in range(40):
+                channel.stream_stream(watch)(never(), timeout=20).cancel()
+        other = stack.enter_context(connect(running.server.address))
+        stub, asked = health_pb2_grpc.HealthStub(other), health_pb2.HealthCheckRequest()
+        for number in range(20):
+            assert stub.Check(asked, timeout=5).status == health_pb2.HealthCheckResponse.SERVING
+            pb_grpc.PolicyServiceStub(other).GetAction(acting(number), timeout=5)
+
+
+@pytest.mark.parametrize(
+    "method", ["/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"]
+)
+def test_bytes_that_are_no_message_are_refused_where_streams_are_asked_for_too(running, caplog, method):
+    with pytest.raises(grpc.RpcError) as refused:
+        list(running.channel.stream_stream(method)(iter([b"\xff"]), timeout=20))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "Traceback" not in caplog.text
 
 
 def test_what_fails_at_the_door_is_told_to_the_log_alone(serve, healthy, monkeypatch):

@@ -341,3 +341,46 @@ def test_after_kill_9_all_that_was_whole_is_read(launch, healthy, tmp_path):
     together = min(len(answered), len(recorded))
     assert recorded[:together] == answered[:together]
     assert len(answered) // 2 < len(recorded) <= len(answered) + 1
+
+
+def test_what_is_no_field_of_ours_is_not_kept(serve, healthy, tmp_path):
+    """A megabyte of it with each call would push all other recordings off the disk."""
+    running = serve(policy=(f"tiny={healthy}",), record=tmp_path)
+    unknown = b"\xfa\x3f" + bytes([128, 128, 64]) + np.random.default_rng(0).bytes(2**20)  # field 1023, 1 MiB
+    act = running.channel.unary_unary("/equiserve.v1.PolicyService/GetAction")
+    act(acting(1).SerializeToString() + unknown, timeout=20)
+    running.server.stop()
+    assert len(messages_of(tmp_path, pb.FlightAction)) == 1
+    assert sum(file.stat().st_size for file in files_of(tmp_path)) < 200_000
+
+
+def test_files_are_in_order_whatever_their_number(record, tmp_path):
+    """Of a clock that was ahead once, all later ones keep the stamp, and only the number tells them apart."""
+    for number in (99_999, 100_000):
+        (tmp_path / f"29991231T235959000000-{number}.mcap").write_bytes(bytes(400_000))
+    recorder = record(100_000, 900_000)
+    put(recorder, 0)
+    wait_until(lambda: recorder.recorded == 1)
+    assert [file.name.partition("-")[2] for file in files_of(tmp_path)] == ["99999.mcap", "100000.mcap", "100001.mcap"]
+    recorder.close()
+    recorder = record(100_000, 500_000)
+    put(recorder, 1)
+    wait_until(lambda: recorder.recorded == 1)
+    assert "99999" not in str(files_of(tmp_path))
+    assert "100000" in str(files_of(tmp_path))
+
+
+def test_what_looks_whether_a_folder_can_be_written_leaves_what_is_there(record, tmp_path):
+    (tmp_path / ".writable").write_text("a user's")
+    record()
+    assert (tmp_path / ".writable").read_text() == "a user's"
+
+
+def test_small_messages_fill_the_line_too(record, monkeypatch):
+    """Each is about a kilobyte of Python, however little it says."""
+    recorder, go = record(), threading.Event()
+    monkeypatch.setattr(recorder, "_write", lambda item: go.wait(20))
+    for _ in range(2 * recorder_module.WAITING_BYTES // recorder_module.ITEM_BYTES):
+        recorder.put(pb.FlightStart, client="x")
+    assert recorder.dropped > 0
+    go.set()

@@ -10,6 +10,12 @@ from pathlib import Path
 
 import grpc
 import pytest
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -18,9 +24,10 @@ from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from serving.client import PolicyClient, PolicyError, Tls
 from serving.errors import StartupError
 from serving.security import Gate, new_token, read_tokens
-from serving.server import Server
+from serving.server import Server, refresh_when
 from tests.makers import certify, scene, settings
 from tests.serving.requests import acting, refusal
+from tests.serving.test_dispatcher import until
 from tests.serving.test_metrics import scrape
 
 
@@ -169,9 +176,10 @@ def test_a_token_is_nowhere_but_with_its_holder(serve, healthy, tmp_path, caplog
     stub.GetAction(acting(1), metadata=good)
     _, parts = refusal(stub.GetAction, acting(1), metadata=(("authorization", f"Bearer {secret}x"),))
     stats = stub.GetStats(pb.GetStatsRequest(), metadata=good)
+    counted = scrape(running.server.metrics_port)
     running.server.stop()
     recorded = b"".join(path.read_bytes() for path in (tmp_path / "flight").iterdir())
-    told = [caplog.text, file.read_text(), str(stats), str(parts), scrape(running.server.metrics_port)]
+    told = [caplog.text, file.read_text(), str(stats), str(parts), counted]
     assert not any(secret in text for text in told)
     assert secret.encode() not in recorded
     assert file.stat().st_mode & 0o777 == 0o600
@@ -357,3 +365,25 @@ def test_metadata_is_capped(running):
     with pytest.raises(grpc.RpcError) as refused:
         running.stub.GetAction(acting(1), metadata=(("x-large", "x" * 100_000),))
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked_for_it(healthy, pki, tmp_path):
+    key = load_pem_private_key((pki / "ours" / "server.key").read_bytes(), None)
+    locked = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+    (tmp_path / "locked.key").write_bytes(locked)
+    flags = server_flags(pki, "TLS") | {"tls_key": tmp_path / "locked.key"}
+    with pytest.raises(StartupError, match=r"--tls-key .*locked.key: .*passphrase"):
+        Server(settings(healthy, **flags))
+
+
+def test_a_token_is_revoked_while_policies_prove_themselves(healthy, tmp_path):
+    new_token("arm-1", ("act",), tmp_path / "tokens")
+    server, asked = Server(settings(healthy, tokens=tmp_path / "tokens")), threading.Event()
+    refresh_when(asked, server)
+    (tmp_path / "tokens").write_text("")
+    asked.set()
+    until(lambda: not server.gate._tokens)
+    assert server.library.refresh() == []  # the start looks at every file itself
+    server.load()
+    assert [p.name for p in server.registry] == ["tiny"]
+    server.stop()

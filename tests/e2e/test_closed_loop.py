@@ -5,7 +5,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import minari
@@ -13,23 +13,26 @@ import pytest
 
 from protos.spaces import SPEC
 from serving.client import PolicyClient
-from tests.makers import tiny_policy_file
+from serving.server import Server
+from sim_client import evaluate
+from tests.makers import settings, tiny_policy_file
 from training.demo import main, server
 
 
-def run(*command: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What `make demo` leaves and says, from 4 recorded episodes and seconds of training: real, if not good."""
+    home = tmp_path_factory.mktemp("demo")
+    small = ("--episodes", "4", "--minutes", "0.1", "--eval-episodes", "2", "--seed", "3")
+    command = [sys.executable, "-m", "training.demo", "--output", str(home), *small, "--setup-seconds", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return home, done.stdout
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make demo` leaves, from 4 recorded episodes and seconds of training: real, if not good."""
-    home = tmp_path_factory.mktemp("demo")
-    small = ("--episodes", "4", "--minutes", "0.1", "--eval-episodes", "2", "--seed", "3")
-    run("training.demo", "--output", str(home), *small, "--setup-seconds", "7")
-    return home
+def home(demo: tuple[Path, str]) -> Path:
+    return demo[0]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,20 @@ def policy(home: Path) -> Path:
 def address(policy: Path) -> Iterator[str]:
     with server(policy) as address:
         yield address
+
+
+Evaluated = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Evaluated:
+    """evaluated("--server", ...) -> how the command exits, in this process, and what it complains of."""
+
+    def run(*flags: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["evaluate", *flags])
+        return evaluate.main(), capsys.readouterr().err
+
+    return run
 
 
 @pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt(), 130), (OSError("no space left"), 1)], ids=repr)
@@ -75,53 +92,54 @@ def test_the_policy_says_where_it_comes_from_and_what_it_proved(policy: Path, ad
     assert info.equivariance_error_90 <= 1e-4
 
 
-def test_the_robot_closes_the_loop_and_reports(address: str, tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    done = run("sim_client.evaluate", "--server", address, "--episodes", "2", "--report", str(path))
-    report = json.loads(path.read_text())
-    assert report["episodes"] == 2
+def test_the_robot_closes_the_loop_and_reports(demo: tuple[Path, str]) -> None:
+    home, said = demo
+    report = json.loads((home / "report.json").read_text())
     assert report["control_steps"] == sum(report["lengths"])
     assert 0 <= report["wilson_low"] <= report["success_rate"] <= report["wilson_high"] <= 1
     assert 0 < report["latency_ms"]["p50"] <= report["latency_ms"]["p95"] <= report["latency_ms"]["p99"]
-    assert f"{report['successes']} of 2 episodes" in done.stdout
+    assert f"{report['successes']} of 2 episodes succeeded" in said
 
 
-def test_a_policy_is_tried_on_another_task_robot_and_world(address: str, tmp_path: Path) -> None:
+def test_a_policy_is_tried_on_another_task_robot_and_world(address: str, tmp_path: Path, evaluated: Evaluated) -> None:
     path = tmp_path / "report.json"
     world = ("--task", "block_in_bowl", "--arm", "kuka", "--randomize.depth-noise-m", "0.002")
-    run("sim_client.evaluate", "--server", address, *world, "--episodes", "1", "--report", str(path))
+    code, said = evaluated("--server", address, *world, "--episodes", "1", "--report", str(path))
+    assert code == 0, said
     report = json.loads(path.read_text())
     assert (report["task"], report["world"]["arm"]) == ("block_in_bowl", "kuka")
     assert report["world"]["randomize"]["depth_noise_m"] == 0.002
 
 
-def test_a_robot_with_another_camera_is_refused(address: str) -> None:
-    done = run("sim_client.evaluate", "--server", address, "--view", "side", "--episodes", "1", expect=2)
-    assert "contract.observation" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_robot_with_another_camera_is_refused(address: str, evaluated: Evaluated) -> None:
+    code, said = evaluated("--server", address, "--view", "side", "--episodes", "1")
+    assert code == 2, said
+    assert "contract.observation" in said
 
 
-def test_min_success_decides_the_exit_code(tmp_path: Path) -> None:
-    clueless = tiny_policy_file(tmp_path / "clueless.onnx", SPEC)
-    evaluation = ("--episodes", "1", "--seed", "1")
-    with server(clueless) as address:
-        run("sim_client.evaluate", "--server", address, *evaluation, "--min-success", "0.0")
-        failed = run("sim_client.evaluate", "--server", address, *evaluation, "--min-success", "0.5", expect=1)
-    assert "below --min-success" in failed.stderr
+def test_min_success_decides_the_exit_code(tmp_path: Path, evaluated: Evaluated) -> None:
+    with Server(settings(tiny_policy_file(tmp_path / "clueless.onnx", SPEC))) as clueless:
+        clueless.load()
+        evaluation = ("--server", clueless.address, "--episodes", "1", "--seed", "1")
+        code, said = evaluated(*evaluation, "--min-success", "0.0")
+        assert code == 0, said
+        code, said = evaluated(*evaluation, "--min-success", "0.5")
+    assert code == 1, said
+    assert "below --min-success" in said
 
 
-def test_no_server_is_an_error_that_says_so() -> None:
-    done = run("sim_client.evaluate", "--server", "localhost:1", "--episodes", "1", "--wait-s", "0.5", expect=2)
-    assert "UNAVAILABLE" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_no_server_is_an_error_that_says_so(evaluated: Evaluated) -> None:
+    code, said = evaluated("--server", "localhost:1", "--episodes", "1", "--wait-s", "0.5")
+    assert code == 2, said
+    assert "UNAVAILABLE" in said
 
 
-def test_a_server_of_another_contract_is_refused_by_the_robot(tmp_path: Path) -> None:
-    other = tiny_policy_file(tmp_path / "small.onnx")  # a 32 x 32 view
-    with server(other) as address:
-        done = run("sim_client.evaluate", "--server", address, "--episodes", "1", expect=2)
-    assert "contract.observation.height" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_server_of_another_contract_is_refused_by_the_robot(tmp_path: Path, evaluated: Evaluated) -> None:
+    with Server(settings(tiny_policy_file(tmp_path / "small.onnx"))) as other:  # a 32 x 32 view
+        other.load()
+        code, said = evaluated("--server", other.address, "--episodes", "1")
+    assert code == 2, said
+    assert "contract.observation.height" in said
 
 
 def test_a_server_lost_in_the_middle_ends_the_evaluation_with_a_reason(tmp_path: Path) -> None:
@@ -142,3 +160,4 @@ def test_a_server_lost_in_the_middle_ends_the_evaluation_with_a_reason(tmp_path:
         _, said = robot.communicate(timeout=30)
     assert robot.returncode == 2
     assert "evaluation stopped: UNAVAILABLE" in said
+    assert "Traceback" not in said

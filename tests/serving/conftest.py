@@ -51,6 +51,14 @@ class Running:
         return sum(session.runs for session in self.sessions.values())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_lame_duck() -> Iterator[None]:
+    """A server in this process does not wait, when it is stopped, until its callers are elsewhere: there are none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("serving.server.LAME_DUCK_S", 0.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_policy_file(tmp_path_factory.mktemp("policies") / "policy.onnx")

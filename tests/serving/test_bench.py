@@ -15,7 +15,7 @@ from protos.errors import Rejected, Status
 from protos.spaces import ACTION, PolicySpec
 from serving.bench import pictures
 from serving.security import new_token
-from serving.server import Server
+from serving.server import LAME_DUCK_S, Server
 from tests.makers import settings, small_spec
 from tests.serving.conftest import REPOSITORY
 from tests.serving.test_dispatcher import until
@@ -42,7 +42,7 @@ def bench(tmp_path, *flags):
 def test_it_sees_what_the_server_saw(serve, healthy, tmp_path, flags):
     running = serve(policy=(str(healthy),), metrics_port=0, concurrency=1, queue=1)
     patient = ("--deadline-ms", 20_000)  # a busy machine may stop anyone for a second
-    process, found = bench(tmp_path, "--server", running.server.address, "--seconds", 1.5, *patient, *flags)
+    process, found = bench(tmp_path, "--server", running.server.address, "--seconds", 0.5, *patient, *flags)
     assert process.returncode == 0, process.stdout + process.stderr
     assert {code: row["count"] for code, row in found["codes"].items()} == counted(running.server.metrics_port)
     assert found["codes"]["OK"]["p50"] <= found["codes"]["OK"]["p99"] <= found["codes"]["OK"]["max"]
@@ -53,21 +53,22 @@ def test_it_sees_what_the_server_saw(serve, healthy, tmp_path, flags):
 def test_beats_are_sent_or_skipped(serve, healthy, tmp_path, outstanding):
     running = serve(policy=(str(healthy),), concurrency=1, queue=4)
     _, found = bench(
-        tmp_path, "--server", running.server.address, "--rate", 40, "--seconds", 2, "--outstanding", outstanding
+        tmp_path, "--server", running.server.address, "--rate", 40, "--seconds", 1, "--outstanding", outstanding
     )
-    assert sum(row["count"] for row in found["codes"].values()) + found["skipped"] == pytest.approx(80, abs=2)
+    assert sum(row["count"] for row in found["codes"].values()) + found["skipped"] == pytest.approx(40, abs=2)
 
 
-def test_it_fails_when_calls_fail(serve, healthy, tmp_path):
+def test_it_fails_when_calls_fail(serve, healthy, tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.server.LAME_DUCK_S", LAME_DUCK_S)  # here somebody calls while the server is stopped
     running = serve(policy=(str(healthy),))
     process, _ = bench(tmp_path, "--server", running.server.address, "--policy", "nobody", "--seconds", 1)
     assert process.returncode == 2
     assert "NOT_FOUND" in process.stderr
-    process, _ = bench(tmp_path, "--server", running.server.address, "--seconds", 1, "--max-p99-ms", 0.001)
+    process, _ = bench(tmp_path, "--server", running.server.address, "--seconds", 0.3, "--max-p99-ms", 0.001)
     assert process.returncode == 1
     with ThreadPoolExecutor(1) as pool:
         before = running.server.metrics.call_counts().get(("GetAction", "OK"), 0)
-        asking = pool.submit(bench, tmp_path, "--server", running.server.address, "--seconds", 5)
+        asking = pool.submit(bench, tmp_path, "--server", running.server.address, "--seconds", 2)
         until(lambda: running.server.metrics.call_counts().get(("GetAction", "OK"), 0) > before, 60)
         running.server.stop()
         process, found = asking.result()

@@ -25,11 +25,11 @@ CODES = [code for code in grpc.StatusCode if code not in (grpc.StatusCode.OK, gr
 
 
 class Fickle(pb_grpc.PolicyServiceServicer):
-    """Answers GetAction with the given failures first, then well; counts the calls."""
+    """Answers GetAction with the given failures first, then well, and EndEpisode as told; counts the calls."""
 
     def __init__(self):
         self.failures, self.calls, self.delay_s, self.last = [], 0, 0.0, None
-        self.remaining_s, self.retries, self.end = [], [], None
+        self.remaining_s, self.retries, self.end, self.ends = [], [], None, 0
         self.connect_delay_s = 0.0
 
     def GetPolicy(self, request, context):
@@ -52,6 +52,7 @@ class Fickle(pb_grpc.PolicyServiceServicer):
         return pb.StartEpisodeResponse(episode_id="one")
 
     def EndEpisode(self, request, context):
+        self.ends += 1
         if self.end:
             context.abort(self.end, "as told")
         return pb.EndEpisodeResponse()
@@ -277,6 +278,16 @@ def test_a_server_that_is_gone_or_busy_does_not_hide_how_an_episode_went(fickle,
     fickle.end = grpc.StatusCode[code]
     with PolicyClient(fickle.address) as client, client.episode() as episode:
         episode.succeeded()
+    assert fickle.ends == (4 if code == "UNAVAILABLE" else 1)
+
+
+@pytest.mark.parametrize("code", ["INTERNAL", "PERMISSION_DENIED"])
+def test_an_end_that_a_server_refuses_otherwise_is_told(fickle, code):
+    fickle.end = grpc.StatusCode[code]
+    with PolicyClient(fickle.address) as client, pytest.raises(PolicyError) as refused, client.episode() as episode:
+        episode.succeeded()
+    assert (refused.value.code, refused.value.message) == (fickle.end, "as told")
+    assert fickle.ends == 1
 
 
 def test_an_episode_compares_the_whole_contract(running):

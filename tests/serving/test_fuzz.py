@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from serving.answering import ADMIN_METHODS
+from serving.security import new_token
 from tests.serving.requests import acting
 
 FAULTS = {"INTERNAL", "UNKNOWN", "UNAVAILABLE", "DATA_LOSS", "ABORTED", "DEADLINE_EXCEEDED"}
@@ -50,7 +51,7 @@ def mutated(content, rng):
     return bytes(content)
 
 
-def fuzz(channel, count, seed=0):
+def fuzz(channel, count, seed=0, metadata=()):
     """Send so many mutated messages; how often each (method, status) came, and details that should not have."""
     rng, seen, leaked = random.Random(seed), Counter(), []
     services = {name: "PolicyAdmin" if name in ADMIN_METHODS else "PolicyService" for name in SEEDS}
@@ -62,7 +63,7 @@ def fuzz(channel, count, seed=0):
     for _ in range(count):
         name = rng.choices(list(SEEDS), OFTEN)[0]
         try:
-            calls[name](mutated(contents[name], rng), timeout=10)
+            calls[name](mutated(contents[name], rng), timeout=10, metadata=metadata)
             seen[name, "OK"] += 1
         except grpc.RpcError as error:
             seen[name, error.code().name] += 1
@@ -73,10 +74,14 @@ def fuzz(channel, count, seed=0):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_no_bytes_are_the_servers_fault(serve, healthy, seed, caplog):
-    running = serve(policy=(f"tiny={healthy}",), max_episodes=100_000)
-    seen, leaked = fuzz(running.channel, 1000, seed)
+def test_no_bytes_are_the_servers_fault(serve, healthy, tmp_path, seed, caplog):
+    """Sent by one who may do everything: the gate keeps them from no method."""
+    secret = new_token("operator", ("admin",), tmp_path / "tokens")
+    token = (("authorization", f"Bearer {secret}"),)
+    running = serve(policy=(f"tiny={healthy}",), max_episodes=100_000, tokens=tmp_path / "tokens")
+    seen, leaked = fuzz(running.channel, 1000, seed, token)
     assert leaked == []
     assert len(seen) > len(SEEDS)
+    assert not {code for _, code in seen} & {"PERMISSION_DENIED", "UNAUTHENTICATED"}
     assert "Traceback" not in caplog.text
-    running.stub.GetAction(acting(1))
+    running.stub.GetAction(acting(1), metadata=token)

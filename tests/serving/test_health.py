@@ -3,7 +3,6 @@
 import socket
 import struct
 import threading
-import time
 from contextlib import suppress
 from unittest import mock
 
@@ -22,12 +21,16 @@ DATA, HEADERS, SETTINGS, PING, ACK, INITIAL_WINDOW_SIZE = 0, 1, 4, 6, 1, 4
 END_STREAM, END_HEADERS = 1, 4
 
 
+def watchers(health: HealthService) -> int:
+    return MOST_WATCHERS - health._room._value
+
+
 def test_a_watcher_that_is_gone_before_he_is_heard_leaves_nothing():
     health = HealthService()
     gone = mock.Mock(is_active=lambda: False, add_callback=lambda _: False)
     for _ in range(MOST_WATCHERS + 1):
         health.Watch(health_pb2.HealthCheckRequest(), gone, mock.Mock())
-        until(lambda: health._room._value == MOST_WATCHERS)
+        until(lambda: watchers(health) == 0)
     assert not health._send_response_callbacks[""]
 
 
@@ -80,7 +83,7 @@ def test_who_watches_and_takes_nothing_holds_up_neither_checks_nor_the_drain(hea
     server.load()
     deaf = [Deaf(server.address, b"/grpc.health.v1.Health/Watch") for _ in range(3)]
     try:
-        time.sleep(0.5)  # until they are watching
+        until(lambda: watchers(server.health) == len(deaf))
         assert check(server.address) == SERVING
         stopping = threading.Thread(target=server.stop, daemon=True)
         stopping.start()
@@ -94,6 +97,7 @@ def test_who_watches_and_takes_nothing_holds_up_neither_checks_nor_the_drain(hea
 def test_a_watcher_hears_of_the_drain_beside_one_that_takes_nothing(serve, healthy):
     running = serve(policy=(str(healthy),))
     deaf = Deaf(running.server.address, b"/grpc.health.v1.Health/Watch")
+    until(lambda: watchers(running.server.health) == 1)
     with connect(running.server.address) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
         assert next(watch).status == SERVING

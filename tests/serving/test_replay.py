@@ -1,5 +1,6 @@
 """`python -m serving.replay`: the same policy says the same bytes, and another answer is found and named."""
 
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from serving.envelope import SCALARS, Limits, Workspace
 from serving.flight import FlightFile, files_of, limits_of, read, recorded
 from serving.replay import main
 from tests.makers import far_scene, scene, tiny_policy_file
-from tests.serving.conftest import REPOSITORY
+from tests.serving.conftest import REPOSITORY, start
 from tests.serving.requests import acting
 
 SAMPLE = pb.MODE_SAMPLE
@@ -38,10 +39,19 @@ def fly(running, *, steps=4):
     return 3 * (steps + 1) + 2
 
 
+@pytest.fixture(scope="module")
+def flown(healthy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flown") / "flight"
+    running = start(policy=(f"tiny={healthy}",), record=folder)
+    fly(running)
+    running.channel.close()
+    return folder
+
+
 @pytest.fixture
-def recording(serve, healthy, tmp_path):
-    fly(serve(policy=(f"tiny={healthy}",), record=tmp_path / "flight"))
-    return tmp_path / "flight"
+def recording(flown, tmp_path):
+    """A copy, which a test may change."""
+    return shutil.copytree(flown, tmp_path / "flight")
 
 
 def edited(recording, edit, *, drop=(), limits=False):

@@ -1,5 +1,6 @@
 """Depth in metres, and where in the image things are: every test here starts from PyBullet, not from our own `turn`."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -131,3 +132,16 @@ def test_a_misplaced_camera_sees_the_scene_shifted(client: int) -> None:
     depth = seen(client, OBSERVATION, (0, 0, 0.2), Misplacement(x=0.02, y=-0.01))
     found = np.argwhere(depth < depth.max() - 0.02).mean(axis=0)
     np.testing.assert_allclose(found, OBSERVATION.pixel_of(np.array([-0.02, 0.01])), atol=1.0)
+
+
+@pytest.mark.parametrize("spec", [OBSERVATION, side_view(90).observation], ids=lambda spec: spec.view)
+def test_a_camera_that_is_turned_sees_the_scene_turned_the_other_way(client: int, spec: ObservationSpec) -> None:
+    """About the tool, or about the workspace's centre, which are the same place here; seen from straight above."""
+    x, y, yaw = 0.1, 0.05, 0.3
+    centre_x, centre_y = WORKSPACE_CENTRE
+    add_table(client)
+    add_box(client, centre_x + x, centre_y + y, height=0.01, half=0.02)
+    depth = seen(client, spec, (centre_x, centre_y, 0.2), Misplacement(yaw=yaw))
+    found = np.argwhere(depth < depth.max() - 0.005).mean(axis=0)
+    turned_back = x * math.cos(yaw) + y * math.sin(yaw), y * math.cos(yaw) - x * math.sin(yaw)
+    np.testing.assert_allclose(found, spec.pixel_of(np.array(turned_back)), atol=1.5)

@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import minari
@@ -18,7 +20,8 @@ import pytest
 from protos.spaces import ACTION, SPEC
 from serving.errors import PolicyRefused
 from sim_client import workers
-from sim_client.calibrate import calibrate
+from sim_client.behaviors import GOLDEN, uniform
+from sim_client.calibrate import EPISODES, ROUNDS, calibrate
 from sim_client.collect import Collect, Summary, _noisy_recorder, collect, main
 from sim_client.episodes import Episode
 from sim_client.randomization import Randomization
@@ -122,11 +125,26 @@ def test_a_noisy_expert_is_clumsier_but_within_bounds(tmp_path: Path) -> None:
     assert set(np.unique(actions[:, ACTION.slice_of("gripper")])) <= {0.0, 1.0}
 
 
-def test_chance_acts_evenly_and_within_bounds(tmp_path: Path) -> None:
-    _, episodes = collected(tmp_path / "d", transitions=100, behavior="random")
-    actions = np.concatenate([e.action for e in episodes])
+def test_chance_acts_evenly_and_within_bounds() -> None:
+    rng = np.random.default_rng(0)
+    actions = np.stack([uniform(ACTION, rng) for _ in range(2000)])
     assert ACTION.magnitudes(actions).max() <= 1 + 1e-6
-    assert np.abs(actions[:, ACTION.slice_of("planar")].mean(axis=0)).max() < 0.01
+    part = {f.name: ACTION.normalize(actions)[:, ACTION.slice_of(f.name)] for f in ACTION.fields}
+    dx, dy = part["planar"].T
+    sectors, _ = np.histogram(np.arctan2(dy, dx), bins=8, range=(-np.pi, np.pi))
+    assert sectors.min() > 2000 / 8 - 80
+    assert np.mean(np.hypot(dx, dy) < 0.5**0.5) == pytest.approx(0.5, abs=0.05)  # half of the disc
+    assert set(part["gripper"].ravel()) == {-1.0, 1.0}
+    for name in ("gripper", "lift", "yaw"):
+        assert part[name].mean() == pytest.approx(0.0, abs=0.12), name
+    for name in ("lift", "yaw"):
+        assert part[name].std() == pytest.approx(3**-0.5, abs=0.05), name
+
+
+def test_who_acts_by_chance_draws_by_the_episodes_seed(tmp_path: Path) -> None:
+    _, (episode,) = collected(tmp_path / "d", transitions=3, behavior="random", seed=2)
+    rng = np.random.default_rng((episode.seed, 1))
+    np.testing.assert_array_equal(episode.action, [uniform(ACTION, rng) for _ in range(3)])
 
 
 def test_a_policy_file_can_act(tmp_path: Path) -> None:
@@ -137,9 +155,40 @@ def test_a_policy_file_can_act(tmp_path: Path) -> None:
         collected(tmp_path / "e", episodes=1, behavior=f"policy:{tmp_path}/nowhere.onnx")
 
 
+@pytest.mark.parametrize("target", [0.3, 0.7])
+def test_the_noise_that_is_found_makes_an_expert_succeed_as_often_as_asked(
+    target: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expert that fails half the time at 0.8, and slowly: its log-odds fall by 2 with the noise's logarithm."""
+    seeds: list[int] = []
+
+    def rate(noise: float) -> float:
+        return 1 / (1 + (noise / 0.8) ** 2)
+
+    def make(noise: float) -> Callable[[int], Callable[[int], Any]]:
+        def recorder(first_seed: int) -> Callable[[int], Any]:
+            def record(index: int) -> Any:
+                seeds.append(first_seed + index)
+                return SimpleNamespace(success=seeds[-1] * GOLDEN % 1 < rate(noise))
+
+            return record
+
+        return recorder
+
+    def played(_scratch: Partial, scenes: Callable[[], Callable[[int], Any]], _workers: int) -> Iterator[Any]:
+        record = scenes()
+        yield from map(record, itertools.count())
+
+    monkeypatch.setattr("sim_client.calibrate.episodes", played)
+    noise, reached = calibrate(make, tmp_path, target, workers=1)
+    assert rate(noise) == pytest.approx(target, abs=0.05)
+    assert reached == pytest.approx(target, abs=0.01)
+    assert len(set(seeds)) == len(seeds) == ROUNDS * EPISODES, "each round has scenes of its own"
+
+
 def test_a_calibrated_behaviour_says_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sim_client.calibrate.EPISODES", 6)
-    monkeypatch.setattr("sim_client.calibrate.ROUNDS", 3)
+    monkeypatch.setattr("sim_client.calibrate.EPISODES", 1)
+    monkeypatch.setattr("sim_client.calibrate.ROUNDS", 1)
     collected(tmp_path / "d", episodes=2, behavior="noisy", target_success=0.5)
     notes = read_about(tmp_path / "d").notes
     assert notes["target_success"] == 0.5
@@ -259,13 +308,13 @@ def test_a_policy_that_was_replaced_meanwhile_does_not_go_on_for_the_other(
         collect(config)
 
 
-def test_an_existing_dataset_is_not_overwritten(tmp_path: Path) -> None:
-    collected(tmp_path / "d", episodes=1)
-    command = [sys.executable, "-m", "sim_client.collect", "--episodes", "1", "--output", str(tmp_path / "d")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "exists already" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_an_existing_dataset_is_not_overwritten(tmp_path: Path, monkeypatch, capsys) -> None:
+    there = tmp_path / "d"
+    there.mkdir()
+    monkeypatch.setattr("sys.argv", ["collect", "--episodes", "1", "--output", str(there)])
+    assert main() == 2
+    assert "exists already" in capsys.readouterr().err
+    assert list(there.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -90,12 +90,19 @@ def test_doing_nothing_never_succeeds(env: Env) -> None:
     assert truncated
 
 
+def centres(env: Env) -> np.ndarray:
+    """Where the task's things are."""
+    return np.array([centre for centre, _ in unwrapped(env).task.footprints()])
+
+
 def test_things_stand_still_until_they_are_touched(env: Env) -> None:
     obs, _ = env.reset(seed=3)
+    before = centres(env)
     still = ACTION.centre.copy()
     still[ACTION.slice_of("gripper")] = 1.0
     after = env.step(still)[0]["depth"]
     assert np.mean(np.abs(after - obs["depth"]) > 2e-3) < 0.005
+    np.testing.assert_allclose(centres(env), before, atol=5e-4)
 
 
 @pytest.mark.parametrize("degrees", [90, 45])

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 import re
 import subprocess
 import sys
@@ -27,24 +26,21 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return minari(tmp_path_factory.mktemp("data") / "set", 8)
 
 
-def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "training.data", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env=os.environ | {"COLUMNS": "200"},
-    )
-
-
-def test_help_teaches_each_command_with_an_example() -> None:
-    said = command("--help").stdout
+def test_help_teaches_each_command_with_an_example(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
     for name in ("validate", "inspect", "import", "export", "split"):
         assert f"Example: python -m training.data {name} " in said
 
 
 def test_a_mistake_is_one_line_without_a_traceback(tmp_path: Path) -> None:
-    answer = command("inspect", str(tmp_path / "nowhere"))
+    command = [sys.executable, "-m", "training.data", "inspect", str(tmp_path / "nowhere")]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert answer.returncode == 2
     assert answer.stderr == f"refused: {tmp_path}/nowhere: expected a dataset, got nothing there; " + (
         "python -m sim_client.collect makes one\n"
@@ -52,7 +48,7 @@ def test_a_mistake_is_one_line_without_a_traceback(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_not_broken(tmp_path: Path) -> None:
-    assert command("validate", str(tmp_path / "nowhere")).returncode == 2
+    assert main(["validate", str(tmp_path / "nowhere")]) == 2
 
 
 def test_neither_torch_nor_a_simulator_is_imported(path: Path) -> None:

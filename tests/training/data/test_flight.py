@@ -226,9 +226,12 @@ def test_policies_of_two_tasks_are_not_mixed(tape: Tape, capsys: pytest.CaptureF
     assert lengths(tape) == [(5, True)]
 
 
-def test_an_action_of_a_policy_that_nothing_describes_is_refused(tape: Tape) -> None:
+def test_an_action_of_a_policy_that_nothing_describes_is_refused(
+    tape: Tape, capsys: pytest.CaptureFixture[str]
+) -> None:
     tape.episode("a", Outcome.OUTCOME_SUCCESS, info=OTHER)
     assert main(["import", str(tape.folder), "--output", str(tape.folder / "set")]) == 2
+    assert "a policy that is not described" in capsys.readouterr().err
 
 
 def test_a_depth_that_counts_round_beyond_the_range_is_on_its_edge(tape: Tape) -> None:

@@ -297,7 +297,7 @@ def test_acting_goes_on_while_the_disk_is_full(serve, healthy, tmp_path, monkeyp
 
 def test_what_does_not_fit_is_dropped_and_counted_and_nobody_waits(record, tmp_path, monkeypatch):
     """The disk hangs. Eight threads hand over four times what may wait."""
-    monkeypatch.setattr(recorder_module, "WAITING_BYTES", 100 * 4096)
+    monkeypatch.setattr(recorder_module, "WAITING_BYTES", 100 * (4096 + recorder_module.ITEM_BYTES))
     go_on, write = threading.Event(), FlightFile.write
     monkeypatch.setattr(FlightFile, "write", lambda *a: go_on.wait(10) and write(*a))
     recorder = record()

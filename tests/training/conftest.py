@@ -1,14 +1,16 @@
 """A small real dataset: a target lies somewhere around the tool, the expert moves towards it. Learnable in seconds."""
 
+import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from protos.spaces import ACTION, ObservationSpec, PolicySpec
 from training.data.dataset import Dataset, load
@@ -94,6 +96,33 @@ def reach(reach_path: Path) -> Dataset:
     return load(reach_path, successful_only=True)
 
 
+def set_apart(target: nn.Module) -> None:
+    """Give a target, which starts as a copy, weights of its own, so that confusing two networks shows."""
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.mul_(1.1)
+
+
+def leave_out_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train` ends before its export, which takes longer than a small run."""
+    monkeypatch.setattr("training.run._export", lambda run, _: run.config.output / "policy.onnx")
+
+
+@pytest.fixture
+def without_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_the_export(monkeypatch)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _settings_kept() -> Iterator[None]:
+    """A command that a test runs in this process sets how many threads torch takes, and what training logs."""
+    threads, log = torch.get_num_threads(), logging.getLogger("training")
+    level = log.level
+    yield
+    torch.set_num_threads(threads)
+    log.setLevel(level)

@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import os
 import sys
 from typing import Any
 
-from training import distributed
+from protos.errors import Rejected
 from training.agents.agent import Diverged
 from training.config import parse
 from training.loop import Run
+from training.run import main, train
 
-DIVERGES = "diverges"
-"""In the run of this name, the data of one process turn to NaN."""
+DIVERGES, REFUSED, WHOLE = "diverges", "refused", "whole"
+"""In the first of these runs, the data of one process turn to NaN; the second must not start; the third is the whole
+command, and comes last, since it takes leave of the other process."""
 
 
 def say(name: str, arguments: list[str]) -> None:
@@ -39,7 +42,16 @@ def say(name: str, arguments: list[str]) -> None:
     print(f"{who} has {digest.hexdigest()}", flush=True)
 
 
+def refuse(name: str, arguments: list[str]) -> None:
+    try:
+        train(parse(arguments))
+    except Rejected as error:
+        print(f"{name}: rank {os.environ['RANK']} refused: {error}", flush=True)
+
+
 if __name__ == "__main__":
     for name, arguments in json.loads(sys.argv[1]).items():
-        say(name, arguments)
-    distributed.leave()
+        if name == WHOLE:
+            sys.argv = ["training.run", *arguments]
+            sys.exit(main())
+        (refuse if name == REFUSED else say)(name, arguments)

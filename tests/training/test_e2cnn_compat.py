@@ -1,6 +1,7 @@
 """Each repair of e2cnn is needed today, and works; a repair whose break is gone fails here and can be removed."""
 
 import importlib
+import json
 import subprocess
 import sys
 from typing import Any
@@ -10,62 +11,88 @@ import pytest
 
 from training.networks.e2cnn_compat import mend
 
-BUILD_A_CRITIC_S_LAST_LAYER = """
-import warnings; warnings.simplefilter("ignore")
-from e2cnn import gspaces, nn
-space = gspaces.Rot2dOnR2(8)
-nn.R2Conv(nn.FieldType(space, [space.regular_repr]), nn.FieldType(space, [space.trivial_repr]), 1)
+WITHOUT = """
+import json, warnings
+warnings.simplefilter("ignore")
+import numpy
+import e2cnn.kernels.utils as utils
+from tests.training.test_e2cnn_compat import dihedral_layer, hashes, last_layer_of_a_critic
+from training.networks.e2cnn_compat import mend
+
+def error(build):
+    try:
+        build()
+        return "none"
+    except Exception as error:
+        return str(error)
+
+mask, (one, other) = error(last_layer_of_a_critic), hashes()
+mend()
+utils.np = numpy
+print(json.dumps({"mask": mask, "same hash": one == other, "copy": error(dihedral_layer)}))
 """
-BUILD_A_DIHEDRAL_LAYER = """
-import warnings; warnings.simplefilter("ignore")
-import training.networks.e2cnn_compat as compat
-from e2cnn import gspaces, nn
-import e2cnn.kernels.utils as utils, numpy
-{}
-space = gspaces.FlipRot2dOnR2(4)
-nn.R2Conv(nn.FieldType(space, [space.regular_repr]), nn.FieldType(space, [space.irrep(1, 1)]), 3)
-"""
-
-COMPARE_HASHES = """
-import warnings; warnings.simplefilter("ignore")
-{}
-from e2cnn import gspaces, nn
-space = gspaces.Rot2dOnR2(4)
-field = nn.FieldType(space, [space.regular_repr])
-one, other = (nn.R2Conv(field, field, 3).basisexpansion for _ in range(2))
-print(hash(one) == hash(other))
-"""
+"""In a process of its own: any other may have mended e2cnn already."""
 
 
-def runs(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def last_layer_of_a_critic() -> None:
+    from e2cnn import gspaces, nn
+
+    space = gspaces.Rot2dOnR2(8)
+    nn.R2Conv(nn.FieldType(space, [space.regular_repr]), nn.FieldType(space, [space.trivial_repr]), 1)
 
 
-def test_without_the_mask_repair_a_1x1_layer_to_scalars_cannot_be_built() -> None:
-    assert "boolean masks" in runs(BUILD_A_CRITIC_S_LAST_LAYER).stderr
+def dihedral_layer() -> None:
+    from e2cnn import gspaces, nn
+
+    space = gspaces.FlipRot2dOnR2(4)
+    nn.R2Conv(nn.FieldType(space, [space.regular_repr]), nn.FieldType(space, [space.irrep(1, 1)]), 3)
+
+
+def hashes() -> list[int]:
+    """Of two bases with the same numbers."""
+    from e2cnn import gspaces, nn
+
+    space = gspaces.Rot2dOnR2(4)
+    field = nn.FieldType(space, [space.regular_repr])
+    bases = [nn.R2Conv(field, field, 3).basisexpansion for _ in range(2)]  # both alive, or an id might serve twice
+    return [hash(basis) for basis in bases]
+
+
+@pytest.fixture(scope="module")
+def without() -> dict[str, Any]:
+    """What e2cnn does by itself and, of "copy", with the other repairs."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return said
+
+
+def test_without_the_mask_repair_a_1x1_layer_to_scalars_cannot_be_built(without: dict[str, Any]) -> None:
+    assert "boolean masks" in without["mask"]
 
 
 def test_with_it_the_layer_is_built() -> None:
-    mended = "from training.networks.e2cnn_compat import mend; mend()\n" + BUILD_A_CRITIC_S_LAST_LAYER
-    assert runs(mended).returncode == 0
+    mend()
+    last_layer_of_a_critic()
 
 
-def test_without_the_copy_repair_dihedral_groups_cannot_be_built() -> None:
-    only_masks = "compat.mend(); utils.np = numpy"
-    assert "copy" in runs(BUILD_A_DIHEDRAL_LAYER.format(only_masks)).stderr
+def test_without_the_copy_repair_dihedral_groups_cannot_be_built(without: dict[str, Any]) -> None:
+    assert "Unable to avoid copy" in without["copy"]
 
 
 def test_with_it_dihedral_groups_are_built() -> None:
-    assert runs(BUILD_A_DIHEDRAL_LAYER.format("compat.mend()")).returncode == 0
+    mend()
+    dihedral_layer()
 
 
-def test_without_the_hash_repair_walking_over_parameters_reads_every_basis() -> None:
-    assert runs(COMPARE_HASHES.format("")).stdout == "True\n"
+def test_without_the_hash_repair_walking_over_parameters_reads_every_basis(without: dict[str, Any]) -> None:
+    assert without["same hash"]
 
 
 def test_with_it_a_basis_is_hashed_as_any_module_is() -> None:
-    mended = "from training.networks.e2cnn_compat import mend; mend()"
-    assert runs(COMPARE_HASHES.format(mended)).stdout == "False\n"
+    mend()
+    one, other = hashes()
+    assert one != other
 
 
 @pytest.mark.parametrize(("name", "module"), [("np", "e2cnn.kernels.utils")])

@@ -8,19 +8,26 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from protos.errors import Rejected
 from protos.manifest import Manifest
-from tests.training.test_run import begun, command
+from sim_client.collect import Collect, collect
+from sim_client.seeds import WATCHED
+from tests.makers import random_golden, small_spec, tiny_manifest
+from tests.training.test_run import begun, same, weights
+from training.agents.agent import Agent
 from training.config import parse
-from training.evaluate import Evaluate, evaluate
+from training.evaluate import Evaluate, evaluate, main
 from training.evaluations import EvaluationError, Evaluations, Result, best
+from training.export import Graph, Provenance
 from training.loop import Run
-from training.run import train
+from training.run import _record, train
 
 TINY = ("--network.fields", "2", "2", "2", "2", "2", "--network.hidden", "2", "--network.pool", "2")
 
@@ -28,11 +35,7 @@ TINY = ("--network.fields", "2", "2", "2", "2", "2", "--network.hidden", "2", "-
 @pytest.fixture(scope="module")
 def drawer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "drawer"
-    subprocess.run(
-        [sys.executable, "-m", "sim_client.collect", "--episodes", "3", "--output", str(path)],
-        check=True,
-        capture_output=True,
-    )
+    collect(Collect(output=path, episodes=3))
     return path
 
 
@@ -40,11 +43,12 @@ def arguments(data: Path, output: Path, *more: str) -> list[str]:
     return ["--dataset", str(data), "--output", str(output), "--batch-size", "8", *TINY, *more]
 
 
-def test_success_is_measured_logged_and_kept_with_the_best_weights(drawer: Path, tmp_path: Path) -> None:
+def test_success_is_measured_logged_and_kept_with_the_best_weights(
+    drawer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
-    done = command(*arguments(drawer, run, "--updates", "40", "--eval-every", "20", "--eval-episodes", "2"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("of 2 episodes succeeded") == 2
+    train(parse(arguments(drawer, run, "--updates", "40", "--eval-every", "20", "--eval-episodes", "2")))
+    assert capsys.readouterr().out.count("of 2 episodes succeeded") == 2
     results = [json.loads(p.read_text()) for p in sorted((run / "evaluations").iterdir())]
     assert [(r["update"], r["episodes"]) for r in results] == [(20, 2), (40, 2)]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -61,6 +65,7 @@ def test_success_is_measured_logged_and_kept_with_the_best_weights(drawer: Path,
     assert torch.load(run / "best.pt", weights_only=True)["updates"] == chosen.update
 
 
+@pytest.mark.usefixtures("without_export")
 def test_while_values_come_first_there_is_nothing_to_evaluate(drawer: Path, tmp_path: Path) -> None:
     flags = "--algo iql --iql.values-first 0.6 --updates 9 --eval-every 3 --eval-episodes 1"
     train(parse(arguments(drawer, tmp_path / "run", *flags.split())))
@@ -68,33 +73,90 @@ def test_while_values_come_first_there_is_nothing_to_evaluate(drawer: Path, tmp_
     assert [r["update"] for r in results] == [9]
 
 
-def test_a_snapshot_is_evaluated_by_hand_to_the_same_result(drawer: Path, tmp_path: Path) -> None:
-    from training.run import _record
-
-    config = parse(arguments(drawer, tmp_path / "run", "--updates", "9", "--eval-every", "3"))
+def waiting(data: Path, output: Path) -> tuple[Run, Evaluations, Path]:
+    """A run after its first update, and the snapshot that waits for its evaluation."""
+    config = parse(arguments(data, output, "--updates", "9", "--eval-every", "3"))
     _record(config)
     run = Run(config)
     run.step()
     evaluations = Evaluations(run)
     evaluations.take()
     evaluations.stop()
-    (snapshot,) = (tmp_path / "run" / "evaluations").glob("*.pt")
-    first, second = (evaluate(Evaluate(snapshot, episodes=2)) for _ in range(2))
-    assert first == second == Result(1, first.successes, 2)
+    (snapshot,) = (output / "evaluations").glob("*.pt")
+    return run, evaluations, snapshot
+
+
+def test_a_snapshot_is_evaluated_by_hand_to_the_same_result(drawer: Path, tmp_path: Path) -> None:
+    _, evaluations, snapshot = waiting(drawer, tmp_path / "run")
+    first, second = (evaluate(Evaluate(snapshot, episodes=1)) for _ in range(2))
+    assert first == second == Result(1, first.successes, 1)
     evaluations.take()  # came in meanwhile, and is still to be told
     assert evaluations.poll() == [first]
     assert (tmp_path / "run" / "best.pt").exists()
     assert not snapshot.exists()
 
 
+def test_an_evaluation_plays_the_agent_s_own_actions_in_scenes_of_its_own(
+    drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _, snapshot = waiting(drawer, tmp_path / "run")
+    played = []
+
+    def only_begun(env: Any, act: Any, seed: int) -> Any:
+        obs, info = env.reset(seed=seed)
+        played.append((seed, obs, act(obs, info)))
+        return SimpleNamespace(success=seed > WATCHED)
+
+    monkeypatch.setattr("training.evaluate.rollout", only_begun)
+    assert evaluate(Evaluate(snapshot, episodes=3)) == Result(1, 2, 3)
+    assert [seed for seed, *_ in played] == [WATCHED, WATCHED + 1, WATCHED + 2]
+    graph = Graph(run.learner.agent, run.dataset.spec).eval()
+    for _, obs, action in played:
+        with torch.no_grad():
+            ours = graph(torch.from_numpy(obs["depth"])[None, None], torch.from_numpy(obs["gripper"])[None])[0][0]
+        np.testing.assert_allclose(action, run.dataset.spec.action.project(ours.numpy()), atol=1e-6)
+
+
 def instead_of_an_evaluation(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training starts this Python in the place of each evaluation."""
+    """Training starts this Python in the place of each evaluation, with the arguments of that."""
     popen = subprocess.Popen
 
-    def start(_command: list[str], **options: Any) -> "subprocess.Popen[str]":
-        return popen([sys.executable, "-c", script], **options)
+    def start(command: list[str], **options: Any) -> "subprocess.Popen[str]":
+        return popen([sys.executable, "-c", script, *command[3:]], **options)
 
     monkeypatch.setattr("training.evaluations.subprocess.Popen", start)
+
+
+ONLY_THE_FIRST_SUCCEEDS = """
+import json, pathlib, sys
+snapshot = pathlib.Path(sys.argv[1])
+update = int(snapshot.stem.removeprefix("update-"))
+unfinished = snapshot.with_suffix(".part")
+unfinished.write_text(json.dumps({"update": update, "successes": 2 if update == 1 else 0, "episodes": 2}))
+unfinished.rename(snapshot.with_suffix(".json"))
+"""
+
+
+@pytest.mark.parametrize(("keep", "update"), [("best", 1), ("last", 2)])
+def test_the_weights_to_keep_are_those_that_are_exported(
+    keep: str, update: int, drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported: dict[str, torch.Tensor] = {}
+    claimed = []
+
+    def noted(agent: Agent, _data: Any, provenance: Provenance, *_: Any, **_more: Any) -> Manifest:
+        exported.update({name: value.clone() for name, value in agent.state_dict().items()})
+        claimed.append(provenance.updates)
+        return tiny_manifest(small_spec(), random_golden(small_spec()))
+
+    monkeypatch.setattr("training.run.export", noted)
+    instead_of_an_evaluation(ONLY_THE_FIRST_SUCCEEDS, monkeypatch)
+    run = tmp_path / "run"
+    train(parse(arguments(drawer, run, "--updates", "2", "--eval-every", "1", "--keep", keep)))
+    best_weights = torch.load(run / "best.pt", weights_only=True)["agent"]
+    assert not same(best_weights, weights(run)), "or nothing would show"
+    assert same(exported, best_weights if keep == "best" else weights(run))
+    assert claimed == [update]
 
 
 def test_what_was_learned_outlives_an_evaluation_that_fails(
@@ -133,7 +195,7 @@ def test_an_evaluation_that_another_was_faster_than_is_no_failure(
     drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Left by a run that was killed: the snapshot is gone once its result is there."""
-    instead_of_an_evaluation("import sys, time; time.sleep(1); sys.exit(1)", monkeypatch)
+    instead_of_an_evaluation("import sys, time; time.sleep(0.2); sys.exit(1)", monkeypatch)
     run = Run(parse(arguments(drawer, tmp_path / "run", "--updates", "900", "--eval-every", "10")))
     evaluations = Evaluations(run)
     run.step()
@@ -151,17 +213,18 @@ def test_what_is_no_snapshot_is_an_error_that_says_so(drawer: Path, tmp_path: Pa
             evaluate(Evaluate(tmp_path / "run" / name))
 
 
-def test_an_evaluation_that_fails_says_why(drawer: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_fails_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "evaluations"
     folder.mkdir()
     (folder / "update-0000001.pt").write_bytes(b"no checkpoint")
-    done = subprocess.run(
-        [sys.executable, "-m", "training.evaluate", str(folder / "update-0000001.pt")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "update-0000001.pt" in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr("training.evaluate.os.nice", lambda _: 0)  # it would be the tests' own
+    monkeypatch.setattr(sys, "argv", ["training.evaluate", str(folder / "update-0000001.pt")])
+    assert main() == 1
+    said = capsys.readouterr().err
+    assert "update-0000001.pt" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("by_the_end", [1, 5])
@@ -186,6 +249,7 @@ def test_few_episodes_that_all_succeed_do_not_beat_many_of_which_nearly_all_do()
     assert best([Result(10, 5, 5), Result(20, 97, 100)]) == Result(20, 97, 100)
 
 
+@pytest.mark.usefixtures("without_export")
 def test_a_run_that_ends_early_says_why_and_how_to_go_on(
     drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,16 +15,17 @@ import pytest
 import torch
 
 from protos.errors import Rejected
-from tests.training.conftest import write_dataset
-from tests.training.one_agent import DIVERGES
-from tests.training.test_run import arguments, begun, command, same, to_its_end, weights
+from protos.symmetry import QUARTER_TURNS
+from tests.training.conftest import set_apart, write_dataset
+from tests.training.one_agent import DIVERGES, REFUSED, WHOLE
+from tests.training.test_run import arguments, begun, same, to_its_end, weights
 from training.agents.agent import Diverged
 from training.config import parse
 from training.data.dataset import load
 from training.diagnostics import Probe
 from training.distributed import Processes, _device
-from training.loop import Run
-from training.run import _describe, train
+from training.loop import Run, saved
+from training.run import _describe, main, train
 
 
 def test_a_diverging_run_names_losses_batch_and_cause_and_keeps_its_checkpoint(
@@ -45,13 +46,16 @@ def test_a_diverging_run_names_losses_batch_and_cause_and_keeps_its_checkpoint(
     assert all(torch.equal(good[name], value) for name, value in weights(tmp_path).items())
 
 
-def test_the_command_stops_with_the_diagnosis_and_no_traceback(reach_path: Path, tmp_path: Path) -> None:
+def test_the_command_stops_with_the_diagnosis_and_no_traceback(
+    reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     wild = ("--learning-rate", "1e30", "--updates", "50", "--algo", "iql", "--schedule", "constant")
-    done = command(*arguments(reach_path, tmp_path / "run", *wild))
-    assert done.returncode == 1
-    assert "training stopped" in done.stderr
-    assert "lower --learning-rate" in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", ["training.run", *arguments(reach_path, tmp_path / "run", *wild)])
+    assert main() == 1
+    said = capsys.readouterr().err
+    assert "training stopped" in said
+    assert "lower --learning-rate" in said
+    assert "Traceback" not in said
     assert not (tmp_path / "run" / "policy.onnx").exists()
 
 
@@ -61,12 +65,13 @@ def test_a_batch_is_shared_out_among_processes_or_refused() -> None:
         Processes(0, 3).share(32)
 
 
-def in_two_processes(module: str, *args: str) -> "subprocess.CompletedProcess[str]":
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
-    return subprocess.run([*torchrun, *args], capture_output=True, text=True, check=False, timeout=300)
-
-
-LEARN = {"cql": ("cql",), "iql": ("iql", "--iql.values-first", "0.5"), DIVERGES: ("iql",)}
+RUNS = {
+    "cql": ("cql",),
+    "iql": ("iql", "--iql.values-first", "0.5"),
+    DIVERGES: ("iql",),
+    REFUSED: ("bc", "--eval-every", "3"),
+    WHOLE: ("cql",),
+}
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +80,13 @@ def together(reach_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     home = tmp_path_factory.mktemp("together")
     runs = {
         name: arguments(reach_path, home / name, "--updates", "6", "--threads", "1", "--algo", *flags)
-        for name, flags in LEARN.items()
+        for name, flags in RUNS.items()
     }
-    done = in_two_processes("tests.training.one_agent", json.dumps(runs))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.training.one_agent", json.dumps(runs)],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return home, done.stdout
 
@@ -100,23 +109,22 @@ def test_where_one_of_two_processes_diverges_both_stop_and_one_says_why(together
     assert "losses/critic" in json.loads((home / DIVERGES / "diverged.json").read_text())["what"]
 
 
-def test_of_two_processes_one_logs_saves_and_exports(reach_path: Path, tmp_path: Path) -> None:
-    args = arguments(reach_path, tmp_path / "run", "--updates", "6", "--algo", "cql", "--threads", "1")
-    done = in_two_processes("training.run", *args)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 processes" in done.stdout
-    assert done.stdout.count("policy.onnx") == 1
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["updates"] == 6
-    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+def test_of_two_processes_one_logs_saves_and_exports(together: tuple[Path, str]) -> None:
+    home, said = together
+    assert "2 processes" in said
+    assert said.count("policy.onnx") == 1
+    assert torch.load(home / WHOLE / "checkpoint.pt", weights_only=True)["updates"] == 6
+    assert (home / WHOLE / "policy.onnx").exists()
+    assert len(list((home / WHOLE / "tensorboard").iterdir())) == 1
 
 
-def test_processes_that_cannot_be_evaluated_all_say_so(reach_path: Path, tmp_path: Path) -> None:
+def test_processes_that_cannot_be_evaluated_all_say_so(together: tuple[Path, str]) -> None:
     """Or the others would meet a leader that has left."""
-    args = arguments(reach_path, tmp_path / "run", "--updates", "6", "--eval-every", "3", "--threads", "1")
-    done = in_two_processes("training.run", *args)
-    assert done.returncode
-    assert "--eval-every" in done.stderr
-    assert not (tmp_path / "run").exists()
+    home, said = together
+    refusals = dict(re.findall(rf"{REFUSED}: rank (\d) refused: (.*)", said))
+    assert refusals.keys() == {"0", "1"}
+    assert all("--eval-every" in refusal for refusal in refusals.values())
+    assert not (home / REFUSED).exists()
 
 
 def test_more_processes_than_gpus_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +183,7 @@ def test_checkpoints_hold_no_caches_and_older_ones_that_do_are_read(reach_path: 
     assert again.updates == 1
 
 
+@pytest.mark.usefixtures("without_export")
 def test_resuming_clears_up_after_a_process_that_was_killed_while_it_saved(reach_path: Path, tmp_path: Path) -> None:
     args = arguments(reach_path, tmp_path / "run", "--updates", "2")
     begun(args)
@@ -204,13 +213,20 @@ def test_frames_in_which_networks_see_nothing_are_told_of(tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("damage", [b"PK half of it", b"a graph", b"", bytes(100), b"\x80\x02}q\x00."])
-def test_a_damaged_checkpoint_is_a_clear_error(damage: bytes, reach_path: Path, tmp_path: Path) -> None:
+def test_damage_of_whatever_kind_is_a_clear_error(damage: bytes, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(damage)
+    with pytest.raises(Rejected, match=r"checkpoint\.pt: expected a whole one, .*; take another"):
+        saved(tmp_path / "checkpoint.pt", "a whole one", "take another", torch.device("cpu"))
+
+
+def test_a_damaged_checkpoint_is_not_resumed(reach_path: Path, tmp_path: Path) -> None:
     begun(arguments(reach_path, tmp_path / "run", "--updates", "3"))
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(damage)
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"a graph")
     with pytest.raises(Rejected, match=r"checkpoint\.pt: expected a checkpoint of training\.run"):
         train(parse(["--resume", "--output", str(tmp_path / "run"), "--updates", "6"]))
 
 
+@pytest.mark.usefixtures("without_export")
 def test_killed_while_it_trained_a_run_goes_on_to_where_it_would_have_been(reach_path: Path, tmp_path: Path) -> None:
     options = ("--updates", "60", "--algo", "cql", "--threads", "1")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -225,8 +241,7 @@ def test_killed_while_it_trained_a_run_goes_on_to_where_it_would_have_been(reach
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 0 < torch.load(killed / "checkpoint.pt", weights_only=True)["updates"] < 60
-    done = command("--resume", "--output", str(killed), "--checkpoint-s", "30")
-    assert done.returncode == 0, done.stderr
+    train(parse(["--resume", "--output", str(killed), "--checkpoint-s", "30"]))
     assert same(weights(killed), weights(whole))
 
 
@@ -237,6 +252,20 @@ def test_the_probe_reports_what_the_algorithm_has(algo: str, reach_path: Path, t
     assert {"policy/entropy", "policy/log_prob", "policy/equivariance_error"} <= set(seen)
     assert seen["policy/equivariance_error"] < 1e-4
     assert ("values/q_on_turned_data" in seen) == (algo != "bc")
+
+
+@pytest.mark.parametrize("algo", ["iql", "cql"])
+def test_the_probe_s_values_are_the_critic_s(algo: str, reach_path: Path, tmp_path: Path) -> None:
+    run = Run(parse(arguments(reach_path, tmp_path, "--updates", "9", "--algo", algo)))
+    agent: Any = run.learner.agent
+    set_apart(agent.target_critic)
+    probe = Probe(run.dataset, seed=0)
+    seen, state, action = probe.look(agent), probe.batch.state, probe.batch.action
+    turned = [torch.from_numpy(turn.action(action.numpy(), run.dataset.spec.action)) for turn in QUARTER_TURNS]
+    with torch.no_grad():
+        on_data, *on_turned = (agent.critic(state, taken).mean().item() for taken in (action, *turned))
+    assert seen["values/q_on_data"] == pytest.approx(on_data, rel=1e-4, abs=1e-6)
+    assert seen["values/q_on_turned_data"] == pytest.approx(np.mean(on_turned), rel=1e-4, abs=1e-6)
 
 
 def test_looking_at_the_probe_does_not_change_what_is_learned(reach_path: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def spied(owner: type, method: str) -> Any:
     return mock.patch.object(owner, method, autospec=True, side_effect=getattr(owner, method))
 
 
-def trained_a_little(network: nn.Module, loss: object, updates: int = 50) -> None:
+def trained_a_little(network: nn.Module, loss: object, updates: int) -> None:
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
     for _ in range(updates):
         optimiser.zero_grad()
@@ -229,7 +229,7 @@ def test_a_network_by_its_harmonics_turns_with_the_scene(group: str, monkeypatch
     monkeypatch.setattr(Harmonics, "pays", lambda *_: True)
     actor = make_actor(dataclasses.replace(NETWORK, group=group), SMALL, EQUIVARIANCE["both"])
     state, action = random_state(SMALL), random_action(SMALL, 6)
-    trained_a_little(actor, lambda: -actor(state).log_prob(action).mean())
+    trained_a_little(actor, lambda: -actor(state).log_prob(action).mean(), updates=10)
     with spied(Harmonics, "convolve") as used:
         before = actor(state)
     assert used.called

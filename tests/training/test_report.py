@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.makers import tiny_policy_file
+from tests.training.conftest import leave_out_the_export
 from tests.training.test_run import arguments
 from training.config import parse
 from training.report import COLUMNS, Report, Run, _figure, main, write_report
@@ -17,8 +19,11 @@ from training.run import train
 @pytest.fixture(scope="module")
 def runs(reach_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     home = tmp_path_factory.mktemp("runs")
-    for algo in ("bc", "iql"):
-        train(parse(arguments(reach_path, home / algo, "--updates", "40", "--algo", algo)))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        leave_out_the_export(monkeypatch)
+        for weight, algo in enumerate(("bc", "iql"), start=1):
+            train(parse(arguments(reach_path, home / algo, "--updates", "40", "--algo", algo)))
+            tiny_policy_file(home / algo / "policy.onnx", weight=weight)
     return [home / "bc", home / "iql"]
 
 
@@ -81,6 +86,7 @@ def test_the_legend_names_every_run_whatever_it_logged() -> None:
     assert [text.get_text() for legend in figure.legends for text in legend.get_texts()] == ["iql", "cql"]
 
 
+@pytest.mark.usefixtures("without_export")
 def test_a_resumed_run_keeps_its_last_point(reach_path: Path, tmp_path: Path) -> None:
     args = arguments(reach_path, tmp_path / "run", "--updates", "25")
     train(parse(args))

@@ -27,10 +27,6 @@ def arguments(data: Path, output: Path, *more: str) -> list[str]:
     return ["--dataset", str(data), "--output", str(output), *SMALL_RUN, *more]
 
 
-def command(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "training.run", *args], capture_output=True, text=True, check=False)
-
-
 def weights(path: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = torch.load(path / "checkpoint.pt", weights_only=True)["learner"]["agent"]
     return state
@@ -57,28 +53,37 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "flags",
-    ["bc", "iql", "cql", "iql --iql.values-first 0.3", "iql --iql.values-first 0.7", "cql --cql.values-first 0.3"],
+    ("flags", "precision"),
+    [
+        ("bc", "fp32"),
+        ("bc", "bf16"),
+        ("iql", "fp32"),
+        ("cql", "fp32"),
+        ("iql --iql.values-first 0.3", "fp32"),
+        ("iql --iql.values-first 0.3", "bf16"),
+        ("iql --iql.values-first 0.7", "fp32"),  # values rest after the checkpoint, above before it
+        ("cql --cql.values-first 0.3", "fp32"),
+        ("cql --cql.values-first 0.3", "bf16"),
+    ],
 )
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does_bit_for_bit(
     flags: str, precision: str, reach_path: Path, tmp_path: Path
 ) -> None:
-    options = ("--algo", *flags.split(), "--updates", "12", "--precision", precision)
+    options = ("--algo", *flags.split(), "--updates", "8", "--precision", precision)
     to_its_end(Run(parse(arguments(reach_path, tmp_path / "whole", *options))))
     config = parse(arguments(reach_path, tmp_path / "halves", *options))
     first = Run(config)
-    for _ in range(5):
+    for _ in range(4):
         first.step()
     first.save()
-    for _ in range(2):
-        first.step()  # lost when the process is killed
+    first.step()  # lost when the process is killed
     second = Run(config)
     second.restore()
-    assert to_its_end(second).updates == 12
+    assert to_its_end(second).updates == 8
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
 
 
+@pytest.mark.usefixtures("without_export")
 def test_ctrl_c_in_the_middle_of_an_update_lets_it_finish(
     reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,10 +95,10 @@ def test_ctrl_c_in_the_middle_of_an_update_lets_it_finish(
         os.kill(os.getpid(), signal.SIGINT)
         follow(agent)
 
-    monkeypatch.setattr(BC, "follow", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(parse(arguments(reach_path, tmp_path / "halves", *options)))
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(BC, "follow", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(parse(arguments(reach_path, tmp_path / "halves", *options)))
     assert torch.load(tmp_path / "halves" / "checkpoint.pt", weights_only=True)["updates"] == 1
     train(parse(["--resume", "--output", str(tmp_path / "halves")]))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
@@ -132,10 +137,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(reach_path
 
 
 def test_a_run_leaves_a_policy_its_settings_and_its_curves(reach_path: Path, tmp_path: Path) -> None:
-    done = command(
-        *arguments(reach_path, tmp_path / "run", "--updates", "25", "--equivariance", "actor", "--algo", "iql")
-    )
-    assert done.returncode == 0, done.stderr
+    flags = ("--updates", "25", "--equivariance", "actor", "--algo", "iql")
+    train(parse(arguments(reach_path, tmp_path / "run", *flags)))
     assert {"policy.onnx", "config.json", "checkpoint.pt", "tensorboard"} == {
         p.name for p in (tmp_path / "run").iterdir()
     }
@@ -151,12 +154,11 @@ def test_a_run_leaves_a_policy_its_settings_and_its_curves(reach_path: Path, tmp
 
 
 def test_minutes_are_a_budget_too(reach_path: Path, tmp_path: Path) -> None:
-    start = time.perf_counter()
-    run = Run(parse(arguments(reach_path, tmp_path / "run", "--minutes", "0.02")))
+    run, before = Run(parse(arguments(reach_path, tmp_path / "run", "--minutes", "0.02"))), 0.0
     while run.progress < 1:
+        before = run.seconds
         run.step()
-    assert run.seconds >= 1.2
-    assert time.perf_counter() - start < 60
+    assert before < 60 * 0.02 <= run.seconds
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(reach_path: Path, tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ NO_THREAD = Rejected(
 
 AWAITED = 8
 """Calls of one client whose message has not come: a thread waits for each, and nobody may take all of those."""
+LINE = 64
+"""Calls that may wait for a thread of health's or reflection's; those in line count among the server's calls at once."""
 MESSAGE_S, QUESTION_S, NEXT_S = 15.0, 3.0, 60.0
 """Whose message has not come by then is cancelled: many clients together could take all threads, too. 4 MiB at 2 Mbit/s
 take as long; what asks for health or reflection is short. A stream of reflection may rest before it asks again."""
@@ -43,7 +45,7 @@ class Porter(grpc.ServerInterceptor):
 
     To gRPC a method is one with a stream of requests, of which it reads one; on the wire that is the same. What is not
     ours, health and reflection, has threads of its own, and its streams others than its checks: nobody waits for a
-    thread that a stream holds. Where all of those are taken and as many calls wait for them, more are refused. From
+    thread that a stream holds. Where all of those are taken and LINE calls wait for them, more are refused. From
     `start` to `close`, a thread looks for messages that do not come.
     """
 
@@ -190,11 +192,11 @@ class Porter(grpc.ServerInterceptor):
 
 
 class Threads(ThreadPoolExecutor):
-    """So many threads, and a line before them that has an end."""
+    """So many threads, and a line of LINE before them."""
 
     def __init__(self, count: int) -> None:
         super().__init__(count)
-        self._most = 2 * count
+        self._most = count + LINE
         self._taken, self._taking = 0, threading.Lock()
 
     @property

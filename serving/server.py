@@ -118,6 +118,7 @@ class Server:
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_permit_without_calls", 1),  # a robot's computer may lose power between two calls
+                ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS),  # else 60 s, whatever keepalive's own says
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),  # serving.client's own
                 ("grpc.so_reuseport", 0),  # or two servers could share a port and answer in turns

@@ -320,7 +320,7 @@ def test_an_answer_says_until_when_it_may_be_applied(running):
 
 def test_a_connection_that_went_silent_is_replaced(serve, healthy, monkeypatch):
     """As by Wi-Fi that roams: nothing comes any more, and nobody says so."""
-    options = dict(CHANNEL_OPTIONS) | {"grpc.keepalive_time_ms": 500, "grpc.keepalive_timeout_ms": 500}
+    options = dict(CHANNEL_OPTIONS) | {"grpc.keepalive_time_ms": 500, "grpc.http2.ping_timeout_ms": 500}
     monkeypatch.setattr("serving.client.CHANNEL_OPTIONS", list(options.items()))
     running = serve(policy=(str(healthy),))
     with Relay(running.server.address) as relay, PolicyClient(relay.address, timeout_s=0.3) as client:

@@ -364,7 +364,7 @@ def test_files_are_in_order_whatever_their_number(record, tmp_path):
     wait_until(lambda: recorder.recorded == 1)
     assert [file.name.partition("-")[2] for file in files_of(tmp_path)] == ["99999.mcap", "100000.mcap", "100001.mcap"]
     recorder.close()
-    recorder = record(100_000, 500_000)
+    recorder = record(100_000, 600_000)
     put(recorder, 1)
     wait_until(lambda: recorder.recorded == 1)
     assert "99999" not in str(files_of(tmp_path))

@@ -34,7 +34,7 @@ NO_THREAD = Rejected(
 AWAITED = 8
 """Calls of one client whose message has not come: a thread waits for each, and nobody may take all of those."""
 LINE = 64
-"""Calls that may wait for a thread of health's or reflection's; those in line count among the server's calls at once."""
+"""Calls that may wait for a thread of health's or reflection's: they count among the server's calls at once."""
 MESSAGE_S, QUESTION_S, NEXT_S = 15.0, 3.0, 60.0
 """Whose message has not come by then is cancelled: many clients together could take all threads, too. 4 MiB at 2 Mbit/s
 take as long; what asks for health or reflection is short. A stream of reflection may rest before it asks again."""

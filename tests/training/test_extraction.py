@@ -26,7 +26,7 @@ def run_of(data: Path, output: Path, *flags: str, algo: str = "iql", first: floa
     ("algo", "at_first"),
     [
         ("iql", {"critic", "value", "target_critic"}),
-        ("cql", {"critic", "value_head", "target_critic", "actor", "log_alpha"}),
+        ("cql", {"critic", "value", "target_critic", "actor", "log_alpha"}),
     ],
 )
 def test_values_come_first_and_rest_later(algo: str, at_first: set[str], reach_path: Path, tmp_path: Path) -> None:

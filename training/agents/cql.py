@@ -14,7 +14,7 @@ from training.agents.losses import advantage_weight, conservative_gap, expectile
 from training.batch import Batch, State
 from training.networks.distribution import SquashedGaussian, Uniform
 from training.networks.family import NetworkConfig
-from training.networks.roles import Critic, make_actor, make_critic, make_value_head
+from training.networks.roles import Critic, Value, make_actor, make_critic, make_value, make_value_head
 
 LARGEST_LOG_MULTIPLIER = math.log(1e6)
 """Where a gap that cannot be reached drives the conservative weight, and from where it can come back."""
@@ -50,12 +50,14 @@ class CQLConfig:
     cloning_expectile: float = 0.8
     """They are over this expectile of recorded actions' Q, as in IQL. Over Q of the policy's own action, those would
     weigh least just where Q overrates a wrong one."""
+    cloning_value: Literal["head", "network"] = "head"
+    """What learns it: a head on the critic's features, or, for data of mixed quality, a network as in IQL."""
     cloning_warm_up: int = 0
     """For so many updates every recorded action weighs the same, as in IQL."""
     largest_weight: float = 100.0
     """Those weights are clipped here."""
     values_first: float = 0.0
-    """After this share of the budget critics and alpha rest, and the actor learns on from actions drawn by weight."""
+    """After this share of the budget critics and alpha rest, and the actor clones actions that are drawn by weight."""
     target_rate: float = 5e-3
     """How far the target critic moves towards the critic at each update."""
 
@@ -89,7 +91,8 @@ class CQL(Agent):
         self.log_weight = nn.Parameter(torch.tensor(math.log(max(config.conservative_weight, 1e-6))))
         self.log_alpha.requires_grad_(config.entropy == "learned")
         self.log_weight.requires_grad_(config.gap is not None)
-        self.value_head = make_value_head(networks, spec, equivariant) if config.cloning_weight else None
+        value = make_value if config.cloning_value == "network" else make_value_head
+        self.value = value(networks, spec, equivariant) if config.cloning_weight else None
         self.updates: Tensor
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
         self._uniform = Uniform(spec.action)
@@ -97,8 +100,8 @@ class CQL(Agent):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         pi = self.actor(batch.state)
-        if self.values_rest:
-            return self._actor_alone(pi, batch)
+        if self.values_rest:  # the batch was drawn by weights; to climb a Q that learns no more is to find its errors
+            return {"losses/actor": -pi.log_prob(batch.action).mean()}
         features = self.critic.encode(batch.state)  # [B, F], once, for every action below
         with torch.no_grad():
             next_pi = self.actor(batch.next_state)
@@ -111,7 +114,7 @@ class CQL(Agent):
         gap = conservative_gap(proposed, log_density, recorded, self.cfg.softness)  # [2], eq. 4
         with frozen(self.critic):
             value, entropy = self._soft_value(self.critic, features.detach(), pi)  # [B]
-        cloning, learned = self._cloning(pi, batch.action, features.detach(), recorded.detach().amin(dim=0))
+        cloning, learned = self._cloning(pi, batch, features.detach(), recorded.detach().amin(dim=0))
         conservative, multiplier = self._weighed(gap)
         return {
             **learned,
@@ -128,22 +131,20 @@ class CQL(Agent):
         }
 
     def _cloning(
-        self, pi: SquashedGaussian, action: Float[Tensor, "B A"], features: Float[Tensor, "B F"], q: Float[Tensor, " B"]
+        self, pi: SquashedGaussian, batch: Batch, features: Float[Tensor, "B F"], q: Float[Tensor, " B"]
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
         """The weighted likelihood of recorded actions as in IQL, and the loss of the V that weighs them."""
-        if self.value_head is None:
+        if self.value is None:
             return 0.0, {}
-        v = self.value_head(features)[..., 0].float()  # [B]
+        v = self._expectile(batch.state, features)  # [B]
         weight = self.weight(q - v.detach(), warm=self.updates >= self.cfg.cloning_warm_up)
         values = {"losses/value": expectile_loss(q - v, self.cfg.cloning_expectile), "values/v": v.mean()}
-        return -(weight * pi.log_prob(action)).mean(), values | {"values/weight": weight.mean()}
+        return -(weight * pi.log_prob(batch.action)).mean(), values | {"values/weight": weight.mean()}
 
-    def _actor_alone(self, pi: SquashedGaussian, batch: Batch) -> dict[str, Tensor]:
-        """The actor's loss where the batch was drawn by weights: as if they had a mean of 1."""
-        with frozen(self.critic):
-            value, entropy = self._soft_value(self.critic, self.critic.encode(batch.state), pi)
-        cloning = -pi.log_prob(batch.action).mean()
-        return {"losses/actor": self.cfg.cloning_weight * cloning - value.mean(), "values/entropy": entropy.mean()}
+    def _expectile(self, state: State, features: Float[Tensor, "B F"]) -> Float[Tensor, " B"]:
+        """V, of states that the critic has encoded as `features`."""
+        assert self.value is not None
+        return self.value(state) if isinstance(self.value, Value) else self.value(features)[..., 0].float()
 
     def _soft_value(
         self, critic: Critic, features: Float[Tensor, "B F"], pi: SquashedGaussian
@@ -181,9 +182,8 @@ class CQL(Agent):
         return {} if self.cfg.gap is None else {self.log_weight: self.cfg.gap_rate}
 
     def advantage(self, state: State, action: Float[Tensor, "B A"]) -> Float[Tensor, " B"]:
-        assert self.value_head is not None
         features = self.critic.encode(state)
-        return self.critic.score(features, action).amin(dim=0) - self.value_head(features)[..., 0].float()
+        return self.critic.score(features, action).amin(dim=0) - self._expectile(state, features)
 
     def weight(self, advantage: Float[Tensor, " B"], *, warm: Tensor | None = None) -> Float[Tensor, " B"]:
         return advantage_weight(advantage, self.cfg.cloning_temperature, self.cfg.largest_weight, warm=warm)

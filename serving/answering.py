@@ -23,7 +23,7 @@ from serving.logs import Throttle
 from serving.metrics import Metrics, Phases
 from serving.security import Gate
 from serving.tracing import Tracer
-from serving.turn import Caller
+from serving.turn import Caller, seconds_until
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Call:
 
     @property
     def patience_s(self) -> float:
-        return max(0.0, min(self.expires_at - time.monotonic(), threading.TIMEOUT_MAX))
+        return seconds_until(self.expires_at)
 
     def caller(self, within_s: float, *, last_turn: bool = False) -> Caller:
         """Who waits for the model: until his deadline, and no longer than `within_s`."""

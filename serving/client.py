@@ -30,8 +30,7 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
     # Wi-Fi that roams loses a connection without a word: calls would end by their deadlines until TCP gives up.
     ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 3_000),
-    ("grpc.http2.ping_timeout_ms", 3_000),  # else 60 s, whatever keepalive's own says
+    ("grpc.http2.ping_timeout_ms", 3_000),
 ]
 HEALTH = "/grpc.health.v1.Health/Check"
 """Spelled out, as a controller need not have grpcio-health-checking. An empty message asks for the whole server."""

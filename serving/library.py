@@ -18,7 +18,7 @@ from protos.spaces import Observation
 from serving.envelope import Envelope, Limits
 from serving.errors import PolicyRefused, StartupError
 from serving.metrics import Metrics
-from serving.policy import Policy, has_sha256, load
+from serving.policy import Policy, load, sha256_at
 from serving.proofs import prove
 from serving.registry import Registry
 
@@ -126,7 +126,7 @@ class Library:
             except Rejected:
                 files = None  # not known: then no version comes back
             for policy in self.registry.remove(name, version):
-                if files is None or (name in files and has_sha256(files[name], policy.sha256)):
+                if files is None or (name in files and sha256_at(files[name]) in (None, policy.sha256)):
                     self._withdrawn[name] = policy.sha256
             self.changed()
 
@@ -163,7 +163,7 @@ class Library:
                 said.append(str(away))
                 found, vanished = {}, set()
             for name, path in (found | self._named).items():
-                if name in self._withdrawn and has_sha256(path, self._withdrawn[name]):
+                if name in self._withdrawn and sha256_at(path) == self._withdrawn[name]:
                     said.append(f"{name} was unloaded and stays so until LoadPolicy, or another file")
                     continue
                 try:
@@ -188,7 +188,7 @@ class Library:
     def _renewed(self, name: str, path: Path) -> Policy:
         try:
             live = [p for p in self.registry if p.name == name]
-            if live and has_sha256(path, live[-1].sha256):
+            if live and sha256_at(path) == live[-1].sha256:
                 return live[-1]
             policy = self._proved(path, name)
             self.registry.add(policy)

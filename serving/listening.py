@@ -1,12 +1,23 @@
-"""Where a server listens: on loopback, unless it is encrypted or somebody insists."""
+"""Where a server listens, on loopback unless it is encrypted or somebody insists, and how much it takes."""
 
 import ipaddress
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
 from serving.config import Config
 from serving.errors import StartupError
 from serving.security import Certificates
+
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
+"""A 128 x 128 frame takes 64 KiB; this leaves room for views of up to 1000 x 1000, or batches of 60."""
+LOOKAHEAD_BYTES = 256 * 1024
+"""A message of 64 KiB and a little, as most are, comes without asking for more room in the middle of it."""
+MAX_METADATA_BYTES = 16 * 1024
+KEEPALIVE_MS = 10_000
+"""Who has a call here and answers no ping for so long is gone: his message, which a thread waits for, will not come."""
+MAX_CONCURRENT_CALLS = 256
 
 
 def require_address(config: Config) -> None:
@@ -19,6 +30,27 @@ def require_address(config: Config) -> None:
             f"--listen {config.listen} can be reached from other machines, and is not encrypted: give --tls-cert and "
             "--tls-key, listen on localhost, or say --insecure if the network is yours"
         )
+
+
+def transport(pool: ThreadPoolExecutor, interceptors: Sequence[grpc.ServerInterceptor]) -> grpc.Server:
+    """A server that takes calls of bounded size and number, and notices who has vanished."""
+    return grpc.server(
+        pool,
+        interceptors=interceptors,
+        options=[
+            ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+            ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+            ("grpc.max_concurrent_streams", MAX_CONCURRENT_CALLS // 2),  # one connection cannot have them all
+            ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_permit_without_calls", 1),  # a robot's computer may lose power between two calls
+            ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS),  # of keepalive's own timeout, grpc took no notice: 60 s
+            ("grpc.http2.max_pings_without_data", 0),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),  # serving.client asks, too
+            ("grpc.so_reuseport", 0),  # or two servers could share a port and answer in turns
+        ],
+        maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+    )
 
 
 def bind(server: grpc.Server, config: Config) -> str:

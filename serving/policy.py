@@ -178,12 +178,12 @@ def sha256_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def has_sha256(path: Path, sha256: str) -> bool:
-    """Whether the file there is, byte for byte, the one of that SHA-256. One that cannot be read is not."""
+def sha256_at(path: Path) -> str | None:
+    """Of the file's bytes; None where it cannot be read."""
     try:
-        return sha256_of(path.read_bytes()) == sha256
+        return sha256_of(path.read_bytes())
     except OSError:
-        return False
+        return None
 
 
 def _open(content: bytes, intra_op_threads: int) -> ort.InferenceSession:

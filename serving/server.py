@@ -17,7 +17,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -33,7 +32,7 @@ from serving.frames import FrameWatch
 from serving.health import HealthService
 from serving.libc import share_heaps
 from serving.library import Library
-from serving.listening import bind, require_address
+from serving.listening import bind, require_address, transport
 from serving.metrics import Metrics
 from serving.parsing import Parser
 from serving.porter import Porter, Threads
@@ -48,18 +47,10 @@ from serving.tracing import OpenTelemetry, Tracer
 log = logging.getLogger(__name__)
 Health = health_pb2.HealthCheckResponse
 
-MAX_REQUEST_BYTES = 4 * 1024 * 1024
-"""A 128 x 128 frame takes 64 KiB; this leaves room for views of up to 1000 x 1000, or batches of 60."""
-LOOKAHEAD_BYTES = 256 * 1024
-"""A message of 64 KiB and a little, as most are, comes without asking for more room in the middle of it."""
-MAX_METADATA_BYTES = 16 * 1024
-KEEPALIVE_MS = 10_000
-"""Who has a call here and answers no ping for so long is gone: his message, which a thread waits for, will not come."""
 THREADS = 32
 """More than inferences and waiting calls together, so that a refusal or a health check always finds one."""
 OTHER_THREADS = 16
 """For checks of health, and as many for its streams and those of reflection."""
-MAX_CONCURRENT_CALLS = 256
 SWITCH_S = 5e-4
 """How long a thread may keep the interpreter from others: at Python's 5 ms, refusals and health would wait so long."""
 LAME_DUCK_S = 0.2
@@ -103,28 +94,16 @@ class Server:
             checks=Threads(OTHER_THREADS),
             streams=Threads(OTHER_THREADS),
         )
-        self._grpc = grpc.server(
-            pool,
-            interceptors=[
-                *([Doorman(self.gate, self.answering.refuse)] if config.tokens else []),
-                self._porter,
-                Parser(self.answering.refuse),
-            ],
-            options=[
-                ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-                ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-                ("grpc.max_concurrent_streams", MAX_CONCURRENT_CALLS // 2),  # one connection cannot have them all
-                ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
-                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-                ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
-                ("grpc.keepalive_permit_without_calls", 1),  # a robot's computer may lose power between two calls
-                ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS),  # else 60 s, whatever keepalive's own says
-                ("grpc.http2.max_pings_without_data", 0),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),  # serving.client's own
-                ("grpc.so_reuseport", 0),  # or two servers could share a port and answer in turns
-            ],
-            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
-        )
+        doorman = [Doorman(self.gate, self.answering.refuse)] if config.tokens else []
+        self._grpc = transport(pool, [*doorman, self._porter, Parser(self.answering.refuse)])
+        self._answer_calls()
+        self.address = bind(self._grpc, config)
+        self._observe()
+        self._porter.start()
+        self._grpc.start()
+
+    def _answer_calls(self) -> None:
+        config = self.config
         servicer = PolicyServicer(
             self.registry,
             self.answering,
@@ -140,17 +119,6 @@ class Server:
         pb_grpc.add_PolicyAdminServicer_to_server(admin, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
-        self.address = bind(self._grpc, config)
-        self._watch()
-        if config.record:
-            mib = 2**20
-            self.recorder = Recorder(
-                config.record, config.record_file_mib * mib, config.record_total_mib * mib, config.bounds
-            )  # fmt: skip
-        if config.metrics_port is not None:
-            self.metrics_port = self.metrics.expose(config.metrics_port, config.metrics_host)
-        self._porter.start()
-        self._grpc.start()
 
     def load(self) -> bool:
         """Load, prove and warm up every policy, then go live with all of them; False: told to stop before that."""
@@ -202,6 +170,16 @@ class Server:
         for name in live if not self.answering.draining else ():
             self.health.set(name, Health.SERVING)
         self._reported |= live
+
+    def _observe(self) -> None:
+        """Record and count, as far as that is asked for."""
+        config, mib = self.config, 2**20
+        self._watch()
+        if config.record:
+            size, total = config.record_file_mib * mib, config.record_total_mib * mib
+            self.recorder = Recorder(config.record, size, total, config.bounds)
+        if config.metrics_port is not None:
+            self.metrics_port = self.metrics.expose(config.metrics_port, config.metrics_host)
 
     def _watch(self) -> None:
         watch = self.metrics.watch

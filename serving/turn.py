@@ -9,6 +9,11 @@ from protos.spaces import Observation
 from serving.policy import Policy, Proposal
 
 
+def seconds_until(moment: float) -> float:
+    """From now on (time.monotonic), and as many as a lock can be told to wait."""
+    return max(0.0, min(moment - time.monotonic(), threading.TIMEOUT_MAX))
+
+
 @dataclass(frozen=True)
 class Caller:
     """Whose call it is, until when an answer is of use (time.monotonic seconds), and whether it still wants one."""
@@ -25,8 +30,8 @@ class Caller:
 
     @property
     def patience_s(self) -> float:
-        """How long to wait for an answer: as much as a lock can be told to."""
-        return max(0.0, min(self.expires_at - time.monotonic(), threading.TIMEOUT_MAX))
+        """How long to wait for an answer."""
+        return seconds_until(self.expires_at)
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def test_there_is_an_end_to_how_many_watch_and_who_leaves_makes_room(serve, heal
 
 def test_a_peer_that_has_vanished_is_noticed_between_its_calls(serve, healthy, monkeypatch):
     """A robot's computer that loses power says nothing: its connection would stay for ever."""
-    monkeypatch.setattr("serving.server.KEEPALIVE_MS", 500)
+    monkeypatch.setattr("serving.listening.KEEPALIVE_MS", 500)
     running = serve(policy=(str(healthy),))
     host, _, port = running.server.address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=15) as silent:

@@ -6,8 +6,6 @@ RETRY = "x-retry"
 """gRPC metadata of a call that may have been answered already, with any value: then its answer is looked for first."""
 LONGEST = 400
 """Characters of each text of a refusal: what came may be long, headers and log lines may not."""
-INTERRUPTED = 130
-"""The exit code that shells give SIGINT."""
 
 
 class Status(Enum):

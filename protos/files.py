@@ -20,9 +20,9 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, owner: tuple
         OSError: when the directory cannot be written or the disk is full; the old file, if any, is untouched. And where
             there is a device, a pipe or a folder, which could only be replaced.
     """
-    path = path.resolve()
     if path.exists() and not path.is_file():
         raise FileExistsError(errno.EEXIST, "is no file, and would be replaced by one", str(path))
+    path = _led_to(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -41,5 +41,11 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, owner: tuple
 
 def remove_unfinished(path: Path) -> None:
     """What processes that were killed while they wrote `path` have left. Nobody may be writing it now."""
+    path = _led_to(path)
     for scratch in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         scratch.unlink(missing_ok=True)
+
+
+def _led_to(path: Path) -> Path:
+    """By symbolic links; of a loop of them, one of it."""
+    return Path(os.path.realpath(path))

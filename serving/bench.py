@@ -41,8 +41,8 @@ class Bench:
     A client with an answer outstanding skips its beat, as a robot would, unless --outstanding allows more: with many,
     load is offered whatever the server does (open loop), which is how overload is measured.
 
-    Exit code 0. 1: no call was answered, or one failed otherwise than by being refused for load, or p99 is above
-    --max-p99-ms. 2: there could be no load.
+    Exit code 1 when no call was answered, one failed otherwise than by being refused for load, or p99 is above
+    --max-p99-ms; 2 when there could be no load; else 0.
     """
 
     clients: int = 1

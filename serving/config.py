@@ -18,7 +18,7 @@ from serving.frames import FrameRules
 
 ENVIRONMENT = "EQUISERVE_"
 MOST = 10**9
-"""Of whatever is a number: what a timer, or a field of an answer, can hold."""
+"""The largest number that a setting may have: timers, and the fields of answers, hold no larger ones."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Config:
     Settings come from --config FILE (TOML, names as here with _), then from the environment (EQUISERVE_LISTEN and so
     on), then from flags; --check-config says whether they would work, and starts nothing.
 
-    Exit code 0: it was told to stop, and has. 1: it cannot start. 2: flags that there are not.
+    Exit code 0 when it was told to stop, 1 when it cannot start, 2 for unknown flags.
     """
 
     policy: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

@@ -109,11 +109,11 @@ class Dispatcher:
 
     def admit_question(self, name: str) -> None:
         """A call of `name` has come that needs no model. Raises Rejected, RESOURCE_EXHAUSTED: see
-        Rhythm.may_question."""
+        Rhythm.admits_question."""
         with self._lock:
-            if not self._rhythm.may_question(name, time.monotonic()):
-                expected, got = "a controller's rate", "more, while others act"
-                raise Rejected("server", expected, got, "ask less often", Status.RESOURCE_EXHAUSTED)
+            if not self._rhythm.admits_question(name, time.monotonic()):
+                expected = f"at most {self._rhythm.client_hz:g} such calls a second while others act"
+                raise Rejected("server", expected, "more", "ask less often", Status.RESOURCE_EXHAUSTED)
 
     def asks_more(self, name: str, inferences: int) -> None:
         """The call of `name` that was admitted wants so many besides the first."""

@@ -24,6 +24,7 @@ ROUNDING = 1e-6
 SHRINK = 1 - 1e-7  # so that what was shortened is still within when it is rounded to float32
 AXIS_OF = {"dx": 0, "dy": 1, "dz": 2}
 ROTATION, COMMAND = "dtheta", "p"
+"""The command is the one component that says where to be, and not how far to move."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Decision:
 
 
 def require_bound(action: ActionSpec) -> None:
-    """Whether an envelope can keep every part of such actions within limits that have names of their own.
+    """Raise unless an envelope can keep every part of such actions within limits that have names of their own.
 
     Motions have a limit, in the units of the wire; the command has an interval, as a hold repeats what has: of a
     motion that would be one more step.
@@ -130,7 +131,8 @@ def require_bound(action: ActionSpec) -> None:
                 f"fields of {', '.join(AXIS_OF)} in m or {ROTATION} in rad, with a limit, and of {COMMAND} with low "
                 f"and high; none called {', '.join(SCALARS)}"
             )
-            raise Rejected("contract.action", expected, one.name, "", Status.FAILED_PRECONDITION)
+            remedy = "declare it so, and export the policy again"
+            raise Rejected("contract.action", expected, one.name, remedy, Status.FAILED_PRECONDITION)
 
 
 class Envelope:

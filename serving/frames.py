@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from protos.errors import Rejected, Status
 from protos.spaces import Observation
 
-REMEMBERED, REMEMBERED_BYTES = 512, 32 * 2**20
-"""Sources whose last frame is kept, and how much of frames; the source that was silent longest is forgotten."""
+REMEMBERED, REMEMBERED_BYTES = 512, 64 * 2**20
+"""Sources whose last frame is kept, and how much of frames; the source that was silent longest is forgotten. A frame of
+an episode is its client's, too, and counts twice, though it is one."""
 SAMPLED = 997
 """Frames that differ mostly do so in some of every so many pixels; to compare all is to load them from memory."""
 QUIET_S = 60.0

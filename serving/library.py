@@ -126,7 +126,7 @@ class Library:
             except Rejected:
                 files = None  # not known: then no version comes back
             for policy in self.registry.remove(name, version):
-                if files is None or (name in files and sha256_at(files[name]) in (None, policy.sha256)):
+                if files is None or name not in files or sha256_at(files[name]) in (None, policy.sha256):
                     self._withdrawn[name] = policy.sha256
             self.changed()
 
@@ -163,7 +163,7 @@ class Library:
                 said.append(str(away))
                 found, vanished = {}, set()
             for name, path in (found | self._named).items():
-                if name in self._withdrawn and sha256_at(path) == self._withdrawn[name]:
+                if name in self._withdrawn and sha256_at(path) in (None, self._withdrawn[name]):
                     said.append(f"{name} was unloaded and stays so until LoadPolicy, or another file")
                     continue
                 try:

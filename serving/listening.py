@@ -16,7 +16,8 @@ LOOKAHEAD_BYTES = 256 * 1024
 """A message of 64 KiB and a little, as most are, comes without asking for more room in the middle of it."""
 MAX_METADATA_BYTES = 16 * 1024
 KEEPALIVE_MS = 10_000
-"""Who has a call here and answers no ping for so long is gone: his message, which a thread waits for, will not come."""
+"""After so long a silence a peer is asked whether he is there, and who does not answer for as long again is gone: a
+message that a thread waits for will not come, and his connection would stay for ever."""
 MAX_CONCURRENT_CALLS = 256
 
 

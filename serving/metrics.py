@@ -1,6 +1,7 @@
 """What the server counts and times, for Prometheus and for GetStats."""
 
 import bisect
+import contextlib
 import itertools
 import logging
 import threading
@@ -8,8 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-from wsgiref.simple_server import WSGIServer
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 # 0.1 ms to 10 s: a small policy answers in one millisecond, a paper-size one on a loaded machine in a hundred.
 BUCKETS_S = (*(base * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for base in (1, 2, 5)), 10.0)
 PHASES = ("decode", "queue", "inference", "safety", "encode")
-PATIENCE_S = 10.0
-"""With who asks for /metrics."""
+ASKING_S = 10.0
+"""Who is connected to /metrics and asks nothing for so long is left: he would keep a thread for ever."""
 RECENT = 4096
 """Calls that GetStats' quantiles speak of."""
 
@@ -123,17 +123,15 @@ class Metrics:
                 found[name] = float(p50), float(p95), float(p99), float(seconds.max()) * 1e3, len(seconds)
         return found
 
-    def expose(self, port: int, host: str = "127.0.0.1") -> int:
+    def expose(self, port: int, host: str) -> int:
         """Serve /metrics; the port in use (0 asks for a free one)."""
         try:
             server, _ = start_http_server(port, addr=host, registry=self.registry)
         except OSError as error:
             raise StartupError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
-        # Who connects and asks nothing would keep a thread for ever.
-        handler: Any = server.RequestHandlerClass
-        server.RequestHandlerClass = type("Handler", (handler,), {"timeout": PATIENCE_S})
+        server.RequestHandlerClass = _Handler
         self._page = server
-        log.info("metrics on http://%s:%d/metrics", host, server.server_port)
+        log.info("metrics on http://%s:%d/metrics", f"[{host}]" if ":" in host else host, server.server_port)
         return server.server_port
 
     def close(self) -> None:
@@ -145,6 +143,21 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"equiserve_{name}", text, labels, registry=self.registry)
+
+
+class _Handler(WSGIRequestHandler):
+    """Quiet, also about who asks nothing."""
+
+    def setup(self) -> None:
+        self.request.settimeout(ASKING_S)
+        super().setup()
+
+    def handle(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            super().handle()
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ BATCH = 8
 """Images per run in `act_batch`: a paper-size network holds 32 MB of activations per image."""
 QUIET = 4  # onnxruntime's severity "fatal": its errors reach us as exceptions, its log would only repeat them
 EXPORT_AGAIN = "export the policy again with training.run"
-"""The gripper's: the one component that says where to be, and not how far to move."""
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ AWAITED = 8
 """Calls of one client whose message has not come: a thread waits for each, and nobody may take all of those."""
 LINE = 64
 """Calls that may wait for a thread of health's or reflection's: they count among the server's calls at once."""
-MESSAGE_S, QUESTION_S, NEXT_S = 15.0, 3.0, 60.0
+MESSAGE_S, QUESTION_S, STREAM_S = 15.0, 3.0, 60.0
 """Whose message has not come by then is cancelled: many clients together could take all threads, too. 4 MiB at 2 Mbit/s
-take as long; what asks for health or reflection is short. A stream of reflection may rest before it asks again."""
+take as long; what asks for health or reflection is short. A whole stream of reflection may last so long."""
 
 
 class Porter(grpc.ServerInterceptor):
@@ -127,17 +127,15 @@ class Porter(grpc.ServerInterceptor):
         behave = handler.stream_stream or handler.unary_stream
 
         def messages(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-            within_s = QUESTION_S
-            while True:
-                with self._awaiting(context, within_s):
-                    request = next(requests, None)
-                if request is None:
-                    return
-                yield request
-                within_s = NEXT_S
+            with self._awaiting(context, QUESTION_S):
+                first = next(requests, None)
+            if first is not None:
+                with self._awaiting(context, STREAM_S):  # also while an answer is sent, to who may not take it
+                    yield first
+                    yield from requests
 
         def enter(requests: Iterator[Any], context: grpc.ServicerContext, *send: Any) -> Any:
-            peer, asked = context.peer(), messages(requests, context)
+            peer = context.peer()
             try:
                 self._begin_to_wait(peer)
             except Rejected as rejected:
@@ -145,9 +143,10 @@ class Porter(grpc.ServerInterceptor):
             if handler.unary_stream is None:
                 if not context.add_callback(lambda: self._end_wait(peer)):
                     self._end_wait(peer)
-                return behave(asked, context, *send)
+                return behave(messages(requests, context), context, *send)
             try:
-                request: Any = next(asked, None)
+                with self._awaiting(context, QUESTION_S):
+                    request = next(requests, None)
             finally:
                 self._end_wait(peer)
             if request is None:

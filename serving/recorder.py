@@ -24,7 +24,7 @@ from serving.flight import SUFFIX, FlightFile, age_order, is_under_way, recorded
 log = logging.getLogger(__name__)
 
 WAITING_BYTES, ITEM_BYTES = 32 * 2**20, 1024
-"""Between the calls and the disk: 512 frames of 128 x 128, some seconds of a stalled disk. And what a message takes
+"""Between the calls and the disk: 500 frames of 128 x 128, some seconds of a stalled disk. And what a message takes
 besides its own bytes."""
 FILE_MESSAGES = 4096
 """In one file, whatever their size: its index grows by 0.5 KiB a message and is in memory until the file is closed."""

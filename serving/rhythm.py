@@ -96,7 +96,7 @@ class Rhythm:
     """
 
     def __init__(self, concurrency: int, client_hz: float) -> None:
-        self._concurrency, self._client_hz = concurrency, client_hz
+        self._concurrency, self.client_hz = concurrency, client_hz
         self._clients: dict[str, _Client] = {}
         self._asks, self._refusals = _Rate(SOON_S), _Rate(SOON_S)
         self._questions: dict[str, _Rate] = {}
@@ -112,7 +112,7 @@ class Rhythm:
         client.ask(now)
         self._asks.note(now)
 
-    def may_question(self, name: str, now: float) -> bool:
+    def admits_question(self, name: str, now: float) -> bool:
         """Whether a call of `name` that needs no model may be answered: as often as it pleases while nobody else acts,
         and counted then, too, or --client-hz beside others. It takes the interpreter from them."""
         rate = self._questions.get(name)
@@ -120,7 +120,7 @@ class Rhythm:
             if len(self._questions) >= REMEMBERED:
                 del self._questions[min(self._questions, key=lambda n: self._questions[n].last)]
             rate = self._questions[name] = _Rate()
-        if rate.at(now) >= self._client_hz and self._active(now).keys() - {name}:
+        if rate.at(now) >= self.client_hz and self._active(now).keys() - {name}:
             return False
         rate.note(now)
         return True
@@ -163,7 +163,7 @@ class Rhythm:
             return False
         clients = [(client.hz(now), client.known(now)) for client in self._active(now).values()]
         rarest = min((hz for hz, known in clients if known), default=math.inf)
-        counted = (min(hz, self._client_hz) if rarest < self._rarer_than(hz) else hz for hz, _ in clients)
+        counted = (min(hz, self.client_hz) if rarest < self._rarer_than(hz) else hz for hz, _ in clients)
         return self._asked(counted) > TOO_MUCH
 
     def _asked(self, hz: Iterable[float]) -> float:
@@ -174,7 +174,7 @@ class Rhythm:
         """So many for `name`, begun now, would be at the cost of clients that ask for less."""
         if not self.floods(name, now):
             return False
-        if self._clients[name].starts.at(now) >= self._client_hz:
+        if self._clients[name].starts.at(now) >= self.client_hz:
             return True
         soon = inferences * self.turn_s
         return not self._is_let_go(name, now) and any(client.due(now, soon) for client in self.rarer(name, now))
@@ -184,7 +184,7 @@ class Rhythm:
         return not self._is_let_go(name, now) and self.floods(name, now)
 
     def _is_let_go(self, name: str, now: float) -> bool:
-        return self.starves(name) and self._clients[name].hz(now) <= self._client_hz
+        return self.starves(name) and self._clients[name].hz(now) <= self.client_hz
 
     def floods(self, name: str, now: float) -> bool:
         """Beside clients that ask for less, `name` asks for more than a controller does, or than a fair share."""
@@ -193,7 +193,7 @@ class Rhythm:
         active = self._active(now)
         asked = active[name].hz(now)
         fits = self._asked(c.hz(now) for c in active.values()) <= 1 or self._asked([asked]) <= 1 / len(active)
-        return asked > self._client_hz or not fits
+        return asked > self.client_hz or not fits
 
     def part(self, name: str, most: int, now: float) -> int:
         """Up to `most` inferences of `name` in a row that fit, twice, between calls of clients that ask for less."""
@@ -215,7 +215,7 @@ class Rhythm:
 
     def _rarer_than(self, hz: float) -> float:
         """Whoever asks less often than this asks much less often than `hz`, and no more often than a controller."""
-        return min(hz / MUCH_MORE, self._client_hz)
+        return min(hz / MUCH_MORE, self.client_hz)
 
     def _active(self, now: float) -> dict[str, _Client]:
         return {n: c for n, c in self._clients.items() if now - c.asks.last < WINDOW_S}

@@ -96,13 +96,14 @@ class Server:
         )
         doorman = [Doorman(self.gate, self.answering.refuse)] if config.tokens else []
         self._grpc = transport(pool, [*doorman, self._porter, Parser(self.answering.refuse)])
-        self._answer_calls()
+        self._register()
         self.address = bind(self._grpc, config)
-        self._observe()
+        self._record_and_count()
         self._porter.start()
         self._grpc.start()
 
-    def _answer_calls(self) -> None:
+    def _register(self) -> None:
+        """What answers which call."""
         config = self.config
         servicer = PolicyServicer(
             self.registry,
@@ -144,13 +145,13 @@ class Server:
             time.sleep(min(LAME_DUCK_S, self.config.grace_s))
         self._grpc.stop(self.config.grace_s).wait()
         self._porter.close()
-        self.metrics.close()
         answered = sum(n for (_, code), n in self.metrics.call_counts().items() if code == "OK")
         log.info(
             "stopped: %d calls answered, %d refused", answered, sum(self.metrics.call_counts().values()) - answered
         )
         if self.recorder is not None:
             self.recorder.close()
+        self.metrics.close()
 
     def __enter__(self) -> "Server":
         return self
@@ -171,8 +172,8 @@ class Server:
             self.health.set(name, Health.SERVING)
         self._reported |= live
 
-    def _observe(self) -> None:
-        """Record and count, as far as that is asked for."""
+    def _record_and_count(self) -> None:
+        """As far as that is asked for."""
         config, mib = self.config, 2**20
         self._watch()
         if config.record:

@@ -18,7 +18,6 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from protos.errors import INTERRUPTED
 from serving.errors import PolicyRefused
 from sim_client import TaskName
 from sim_client.behaviors import Actors, Mixture, parse
@@ -235,7 +234,7 @@ def main() -> int:
         return 2
     except (OSError, BrokenProcessPool, KeyboardInterrupt) as error:
         print(f"stopped: {str(error) or 'interrupted'}; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+        return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     print(
         f"{config.output}: {done.episodes} episodes, {done.transitions} transitions, {done.successes} successful, "
         f"mean length {done.transitions / done.episodes:.1f}, {done.transitions / done.seconds:.0f} control steps/s, "

@@ -18,7 +18,7 @@ import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from protos.errors import INTERRUPTED, Rejected
+from protos.errors import Rejected
 from protos.files import write_atomically
 from protos.spaces import Pose
 from serving.client import Connection, PolicyClient, PolicyError
@@ -203,7 +203,7 @@ def main() -> int:
         report = evaluate(config)
     except KeyboardInterrupt as interrupted:
         print(str(interrupted) or "interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + signal.SIGINT
     except (PolicyError, Rejected, ValueError, OSError) as error:
         print(f"evaluation stopped: {error}", file=sys.stderr)
         return 2

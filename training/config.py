@@ -32,8 +32,8 @@ NESTED = {"network": NetworkConfig, "bc": BCConfig, "iql": IQLConfig, "cql": CQL
 class RunConfig:
     """Learn a policy from a dataset of recorded episodes and export it as one file, OUTPUT/policy.onnx.
 
-    Exit code 0: there is a policy. 1: training or its export stopped, which says why. 2: flags that there are not.
-    130: interrupted, and what was learned is saved.
+    Exit code 0 when there is a policy, 1 when training or its export stopped (it says why), 2 for unknown flags, 130
+    when it was interrupted: what was learned is saved.
 
     Example: python -m training.run --dataset runs/drawer20 --algo bc --output runs/bc
     """

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import tyro
 
-from protos.errors import INTERRUPTED
 from protos.files import write_atomically
 
 SERVING_LINE = "serving on "
@@ -120,7 +119,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + signal.SIGINT
     report = json.loads(path.read_text())
     print(
         f"\nsuccess rate {report['success_rate']:.0%}: {report['successes']} of {report['episodes']} episodes, "

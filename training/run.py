@@ -16,7 +16,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from protos.errors import INTERRUPTED, Rejected
+from protos.errors import Rejected
 from protos.files import remove_unfinished, write_atomically
 from training import distributed
 from training.agents.agent import Diverged
@@ -238,7 +238,7 @@ def main() -> int:
         how = f"python -m training.run --resume --output {shlex.quote(str(config.output))}"
         saved = (config.output / CHECKPOINT).exists()
         print(f"\ninterrupted{f'; continue with: {how}' if saved else ' before the first update'}", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + signal.SIGINT
     finally:
         distributed.leave()
     return 0

@@ -158,4 +158,6 @@ class Relay:
 
     def __exit__(self, *_: object) -> None:
         for one in (self._door, *self._sockets):
+            with suppress(OSError):  # who waits at it is woken
+                one.shutdown(socket.SHUT_RDWR)
             one.close()

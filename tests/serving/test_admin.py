@@ -251,6 +251,24 @@ def test_a_folder_that_is_away_takes_nothing_with_it(operated, folder):
     assert [p.name for p in running.server.registry] == ["door"]
 
 
+@pytest.mark.parametrize("how", ["folder is empty", "file cannot be read"])
+def test_what_was_unloaded_while_its_file_was_away_stays_so(operated, folder, how):
+    running, admin, token = operated
+    away = folder.with_name("away")
+    if how == "folder is empty":  # as the place is where a disk was mounted
+        folder.rename(away)
+        folder.mkdir()
+    else:
+        (folder / "other.onnx").rename(away)
+        (folder / "other.onnx").mkdir()
+    admin.UnloadPolicy(pb.UnloadPolicyRequest(name="other"), metadata=token)
+    running.server.library.refresh()
+    (folder if how == "folder is empty" else folder / "other.onnx").rmdir()
+    away.rename(folder if how == "folder is empty" else folder / "other.onnx")
+    running.server.library.refresh()
+    assert [p.name for p in running.server.registry] == ["door"]
+
+
 def test_a_policy_that_was_given_by_its_file_needs_no_folder(serve, folder, tmp_path):
     file, secret = tiny_policy_file(tmp_path / "named.onnx"), new_token("operator", ("admin",), tmp_path / "tokens")
     running = serve(policy=(f"named={file}",), policies=folder, tokens=tmp_path / "tokens")

@@ -56,9 +56,9 @@ def test_quantiles_speak_of_answers(serve, healthy):
 
 
 def test_a_taken_metrics_port_is_a_clear_error():
-    port = Metrics().expose(0)
+    port = Metrics().expose(0, "127.0.0.1")
     with pytest.raises(StartupError, match=f"cannot serve metrics on 127.0.0.1:{port}"):
-        Metrics().expose(port)
+        Metrics().expose(port, "127.0.0.1")
 
 
 def test_metrics_are_where_they_were_asked_for(serve, healthy, caplog):
@@ -76,17 +76,18 @@ def test_the_page_ends_with_its_server(serve, healthy):
     port = running.server.metrics_port
     running.server.stop()
     again = Metrics()
-    assert again.expose(port) == port
+    assert again.expose(port, "127.0.0.1") == port
     again.close()
 
 
-def test_who_asks_for_nothing_keeps_no_thread(monkeypatch):
-    monkeypatch.setattr("serving.metrics.PATIENCE_S", 0.2)
+def test_who_asks_for_nothing_keeps_no_thread_and_is_not_logged(monkeypatch, capfd):
+    monkeypatch.setattr("serving.metrics.ASKING_S", 0.2)
     metrics = Metrics()
-    port, before = metrics.expose(0), threading.active_count()
+    port, before = metrics.expose(0, "127.0.0.1"), threading.active_count()
     with contextlib.ExitStack() as stack:
         for _ in range(20):
             stack.enter_context(socket.create_connection(("127.0.0.1", port)))
         until(lambda: threading.active_count() > before)
         until(lambda: threading.active_count() <= before)
     metrics.close()
+    assert not capfd.readouterr().err

@@ -63,16 +63,16 @@ def test_questions_are_counted_beside_who_acts_and_free_else():
     for t in times:
         if round(t * 1000) % 50 == 0:
             rhythm.asks("robot", float(t))
-        answered.append(rhythm.may_question("curious", float(t)))
+        answered.append(rhythm.admits_question("curious", float(t)))
     assert sum(answered[1000:]) == pytest.approx(LIMIT_HZ, rel=0.1)
-    assert rhythm.may_question("robot", 5.0)  # whose own calls are nobody else's
-    assert all(rhythm.may_question("curious", float(t)) for t in 5.0 + WINDOW_S + times)
+    assert rhythm.admits_question("robot", 5.0)  # whose own calls are nobody else's
+    assert all(rhythm.admits_question("curious", float(t)) for t in 5.0 + WINDOW_S + times)
 
 
 def test_who_asks_without_acting_is_forgotten_too():
     rhythm = Rhythm(1, LIMIT_HZ)
     for i in range(3 * REMEMBERED):
-        assert rhythm.may_question(f"curious {i}", float(i))
+        assert rhythm.admits_question(f"curious {i}", float(i))
     assert len(rhythm._questions) == REMEMBERED
 
 

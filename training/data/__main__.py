@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from protos.errors import INTERRUPTED, Rejected
+from protos.errors import Rejected
 from protos.spaces import PolicySpec
 from sim_client.episodes import Episode
 from sim_client.store import About
@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         return REFUSED
     except KeyboardInterrupt:
         print("interrupted: what was not finished was not written", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

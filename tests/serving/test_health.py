@@ -39,7 +39,7 @@ class Deaf:
 
     def __init__(self, address: str, method: bytes) -> None:
         host, _, port = address.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)))
+        self._socket, self._sending = socket.create_connection((host, int(port))), threading.Lock()
         self._socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
         self._frame(SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0))
         threading.Thread(target=self._stay_connected, daemon=True).start()
@@ -56,8 +56,9 @@ class Deaf:
         self._frame(DATA, END_STREAM, 1, b"\0" + struct.pack(">I", 0))  # an empty message
 
     def _frame(self, kind: int, flags: int, stream: int, payload: bytes = b"") -> None:
-        self._socket.sendall(struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream))
-        self._socket.sendall(payload)
+        head = struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream)
+        with self._sending:  # a frame of the other thread's between these would end the connection
+            self._socket.sendall(head + payload)
 
     def _stay_connected(self) -> None:
         with suppress(OSError), self._socket.makefile("rb") as stream:
@@ -112,8 +113,10 @@ def test_there_is_an_end_to_how_many_watch_and_who_leaves_makes_room(serve, heal
     running = serve(policy=(str(healthy),))
     with connect(running.server.address) as channel:
         stub, asked = health_pb2_grpc.HealthStub(channel), health_pb2.HealthCheckRequest()
-        watches = [stub.Watch(asked, timeout=60) for _ in range(MOST_WATCHERS)]
-        assert {next(watch).status for watch in watches} == {SERVING}
+        watches = []
+        for _ in range(MOST_WATCHERS):
+            watches.append(stub.Watch(asked, timeout=60))
+            assert next(watches[-1]).status == SERVING  # one by one: all at once, some would wait for their messages
         with pytest.raises(grpc.RpcError) as refused:
             next(stub.Watch(asked, timeout=10))
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -368,10 +368,11 @@ def test_metadata_is_capped(running):
 
 
 def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked_for_it(healthy, pki, tmp_path):
-    key = load_pem_private_key((pki / "ours" / "server.key").read_bytes(), None)
+    flags = server_flags(pki, "TLS")
+    key = load_pem_private_key(flags["tls_key"].read_bytes(), None)
     locked = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
-    (tmp_path / "locked.key").write_bytes(locked)
-    flags = server_flags(pki, "TLS") | {"tls_key": tmp_path / "locked.key"}
+    flags["tls_key"] = tmp_path / "locked.key"
+    flags["tls_key"].write_bytes(locked)
     with pytest.raises(StartupError, match=r"--tls-key .*locked.key: .*passphrase"):
         Server(settings(healthy, **flags))
 

@@ -17,6 +17,11 @@ DIVERGES, REFUSED, WHOLE = "diverges", "refused", "whole"
 command, and comes last, since it takes leave of the other process."""
 
 
+def tell(line: str) -> None:
+    """At once: torchrun's processes are not buffered, and print writes a line's end by itself."""
+    sys.stdout.write(f"{line}\n")
+
+
 def say(name: str, arguments: list[str]) -> None:
     run = Run(parse(arguments))
     drawn: list[int] = []
@@ -35,18 +40,18 @@ def say(name: str, arguments: list[str]) -> None:
         while run.progress < 1:
             run.step()
     except Diverged as error:
-        print(f"{who} stopped: {error}", flush=True)
+        tell(f"{who} stopped: {error}")
         return
-    print(f"{who} drew {hashlib.sha256(str(drawn).encode()).hexdigest()}", flush=True)
+    tell(f"{who} drew {hashlib.sha256(str(drawn).encode()).hexdigest()}")
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in run.learner.agent.parameters()))
-    print(f"{who} has {digest.hexdigest()}", flush=True)
+    tell(f"{who} has {digest.hexdigest()}")
 
 
 def refuse(name: str, arguments: list[str]) -> None:
     try:
         train(parse(arguments))
     except Rejected as error:
-        print(f"{name}: rank {os.environ['RANK']} refused: {error}", flush=True)
+        tell(f"{name}: rank {os.environ['RANK']} refused: {error}")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ class PolicyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetStats(self, request, context):
-        """What this server did and how long it took, for people; Prometheus has the same and more.
+        """What this server did and how long it took, for people; Prometheus has nearly the same, and more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -113,8 +113,8 @@ class Rhythm:
         self._asks.note(now)
 
     def admits_question(self, name: str, now: float) -> bool:
-        """Whether a call of `name` that needs no model may be answered: as often as it pleases while nobody else acts,
-        and counted then, too, or --client-hz beside others. It takes the interpreter from them."""
+        """Whether a call of `name` that needs no model may be answered, and count it: as often as it pleases, but
+        --client-hz beside others who act, as it takes the interpreter from them."""
         rate = self._questions.get(name)
         if rate is None:
             if len(self._questions) >= REMEMBERED:

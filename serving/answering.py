@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 DOMAIN = "equiserve"
 REQUEST_ID = "x-request-id"
+LATE_S = 0.005
+"""Who has left with no more time than this had met his deadline: it is kept by gRPC's clock, not by ours."""
 SAFE_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 
@@ -57,6 +59,13 @@ class Call:
     @property
     def patience_s(self) -> float:
         return seconds_until(self.expires_at)
+
+    @property
+    def status(self) -> str:
+        """Of a call that has its answer: who has left meanwhile does not see OK."""
+        if self._context.is_active():
+            return "OK"
+        return "DEADLINE_EXCEEDED" if self.patience_s < LATE_S else "CANCELLED"
 
     def caller(self, within_s: float, *, last_turn: bool = False) -> Caller:
         """Who waits for the model: until his deadline, and no longer than `within_s`."""
@@ -102,11 +111,12 @@ class Answering:
                 refusal = rejected
             except Exception:
                 refusal = self._unforeseen(method, call)
-            span.end(call.phases, refusal.status.value if refusal else "OK")
+            status = refusal.status.value if refusal else call.status
+            span.end(call.phases, status)
         if refusal:
             self.refuse(method, refusal, context, call)
         else:
-            self.metrics.record(method, "OK", call.elapsed_s, call.phases)
+            self.metrics.record(method, status, call.elapsed_s, call.phases)
 
     def fail(self, method: str, context: grpc.ServicerContext) -> None:
         """Where an exception is handled that nobody foresaw, before the call reached its method."""

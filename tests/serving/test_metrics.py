@@ -4,6 +4,7 @@ import contextlib
 import re
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -59,6 +60,22 @@ def test_a_taken_metrics_port_is_a_clear_error():
     port = Metrics().expose(0, "127.0.0.1")
     with pytest.raises(StartupError, match=f"cannot serve metrics on 127.0.0.1:{port}"):
         Metrics().expose(port, "127.0.0.1")
+
+
+@pytest.mark.parametrize("status", ["CANCELLED", "DEADLINE_EXCEEDED"])
+def test_who_leaves_before_his_answer_is_counted_as_he_saw_it(serve, healthy, monkeypatch, status):
+    running, entered, go = serve(policy=(str(healthy),)), threading.Event(), threading.Event()
+    run = running.sessions["tiny"].run
+    monkeypatch.setattr(running.sessions["tiny"], "run", lambda *a: (entered.set(), go.wait(20), run(*a))[2])
+    call = running.stub.GetAction.future(acting(1), timeout=20 if status == "CANCELLED" else 0.5)
+    assert entered.wait(10)
+    if status == "CANCELLED":
+        call.cancel()
+    until(call.done)
+    time.sleep(0.1)  # until the server has heard of it
+    go.set()
+    until(running.server.metrics.call_counts)
+    assert running.server.metrics.call_counts() == {("GetAction", status): 1}
 
 
 def test_metrics_are_where_they_were_asked_for(serve, healthy, caplog):

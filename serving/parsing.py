@@ -9,15 +9,18 @@ from google.protobuf.message import DecodeError
 
 from protos.errors import Rejected
 
-KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
-"""The attributes of a method handler, of which one is set."""
-
 
 @dataclass(frozen=True)
 class _Unreadable:
     """Stands in for a request that could not be parsed."""
 
     size: int
+
+
+def kind_of(handler: Any) -> str:
+    """Which attribute of a method's handler holds its function."""
+    kinds = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+    return next(kind for kind in kinds if getattr(handler, kind) is not None)
 
 
 class Parser(grpc.ServerInterceptor):
@@ -49,12 +52,12 @@ class Parser(grpc.ServerInterceptor):
                 self._refuse(method, Rejected("request", "a protobuf message", got, "is it the right method?"), context)
             return request
 
-        name = next(name for name in KINDS if getattr(handler, name) is not None)
-        behave = getattr(handler, name)
+        kind = kind_of(handler)
+        behave = getattr(handler, kind)
 
         def behave_or_refuse(asked: Any, context: grpc.ServicerContext, *send: Any) -> Any:
             asked = (read(one, context) for one in asked) if handler.request_streaming else read(asked, context)
             return behave(asked, context, *send)
 
         behave_or_refuse.__dict__.update(getattr(behave, "__dict__", {}))  # whether it answers by callback
-        return handler._replace(request_deserializer=parse_or_mark, **{name: behave_or_refuse})
+        return handler._replace(request_deserializer=parse_or_mark, **{kind: behave_or_refuse})

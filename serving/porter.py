@@ -15,7 +15,7 @@ import grpc
 from protos.errors import RETRY, Rejected, Status
 from serving.answering import Answering
 from serving.dispatcher import Dispatcher
-from serving.parsing import KINDS
+from serving.parsing import kind_of
 from serving.security import Gate, closed
 
 log = logging.getLogger(__name__)
@@ -108,14 +108,7 @@ class Porter(grpc.ServerInterceptor):
                 self._answering.refuse(method, rejected, context)
             except Exception:
                 self._answering.fail(method, context)
-            try:
-                with self._awaiting(context, within_s):
-                    request = next(requests, None)
-            finally:
-                self._end_wait(client)
-            if request is None:  # or who called is gone: gRPC does not say which, so it is not counted
-                context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
-            return behave(request, context)
+            return behave(self._only_message(requests, context, client, within_s), context)
 
         return grpc.stream_unary_rpc_method_handler(enter, handler.request_deserializer, handler.response_serializer)
 
@@ -144,17 +137,23 @@ class Porter(grpc.ServerInterceptor):
                 if not context.add_callback(lambda: self._end_wait(peer)):
                     self._end_wait(peer)
                 return behave(messages(requests, context), context, *send)
-            try:
-                with self._awaiting(context, QUESTION_S):
-                    request = next(requests, None)
-            finally:
-                self._end_wait(peer)
-            if request is None:
-                context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
-            return behave(request, context, *send)
+            return behave(self._only_message(requests, context, peer, QUESTION_S), context, *send)
 
         enter.__dict__.update(getattr(behave, "__dict__", {}))  # whether it answers by callback
         return grpc.stream_stream_rpc_method_handler(enter, handler.request_deserializer, handler.response_serializer)
+
+    def _only_message(
+        self, requests: Iterator[Any], context: grpc.ServicerContext, client: str, within_s: float
+    ) -> Any:
+        """Of a call of `client` that has begun to wait."""
+        try:
+            with self._awaiting(context, within_s):
+                request = next(requests, None)
+        finally:
+            self._end_wait(client)
+        if request is None:  # or who called is gone: gRPC does not say which, so it is not counted
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
+        return request
 
     @contextmanager
     def _awaiting(self, context: grpc.ServicerContext, within_s: float) -> Iterator[None]:
@@ -216,9 +215,8 @@ class Threads(ThreadPoolExecutor):
 
 def _on(pool: Threads, handler: Any) -> Any:
     """The same method, on threads of that pool: gRPC looks for it at the function."""
-    for kind in KINDS:
-        if (behave := getattr(handler, kind)) is not None:
-            there = functools.partial(behave)
-            there.__dict__.update(getattr(behave, "__dict__", {}), experimental_thread_pool=pool)
-            return handler._replace(**{kind: there})
-    return handler
+    kind = kind_of(handler)
+    behave = getattr(handler, kind)
+    there = functools.partial(behave)
+    there.__dict__.update(getattr(behave, "__dict__", {}), experimental_thread_pool=pool)
+    return handler._replace(**{kind: there})

@@ -236,8 +236,8 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         how = f"python -m training.run --resume --output {shlex.quote(str(config.output))}"
-        saved = (config.output / CHECKPOINT).exists()
-        print(f"\ninterrupted{f'; continue with: {how}' if saved else ' before the first update'}", file=sys.stderr)
+        begun = (config.output / CHECKPOINT).exists()
+        print(f"\ninterrupted{f'; continue with: {how}' if begun else ' before the first update'}", file=sys.stderr)
         return 128 + signal.SIGINT
     finally:
         distributed.leave()

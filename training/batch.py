@@ -26,3 +26,13 @@ class Batch:
     """What the value of `next_state` counts for: gamma to the number of steps, and 0 where the episode terminated; a
     truncated episode continues."""
     next_state: State
+
+    def copy_(self, other: "Batch") -> None:
+        """Take the numbers of a batch of the same shapes."""
+        for own, its in zip(self.tensors, other.tensors, strict=True):
+            own.copy_(its)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        s, s2 = self.state, self.next_state
+        return s.depth, s.gripper, self.action, self.reward, self.discount, s2.depth, s2.gripper

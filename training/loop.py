@@ -13,6 +13,7 @@ from torch import Tensor
 
 from protos.errors import Rejected
 from protos.files import write_atomically
+from training import gpu
 from training.agents.agent import Agent, Diverged, Learner
 from training.agents.bc import BC
 from training.agents.cql import CQL
@@ -49,7 +50,7 @@ class Run:
         self.config = config
         self.processes, self.device = join(config.device)
         if self.device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
+            gpu.prepare(config.precision)
         self._batch_size = self.processes.share(config.batch_size)
         torch.manual_seed(config.seed)
         self._generator = torch.Generator()

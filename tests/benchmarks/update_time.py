@@ -1,26 +1,35 @@
 """How near an update is to its arithmetic. Prints docs/performance.md's table on training.
 
     python -m tests.benchmarks.update_time --presets paper cpu --algos bc iql cql --precisions fp32 bf16
+    python -m tests.benchmarks.update_time --presets paper gpu --device cuda
 
 The convolutions of one update are recorded and then made again alone, on random numbers, in turns with the update.
 Their floating-point operations, counted from the shapes, over the rate that the machine reaches on the best of them is
 the floor; the time that all of them take alone is what plain convolutions leave possible. Both are of plain ones also
-where an update goes by harmonics (training.networks.harmonic), which can therefore be below.
+where an update goes by harmonics (training.networks.harmonic), which can therefore be below; an update done plainly
+has none.
+
+On a GPU an update is one CUDA graph; done plainly, it is launched kernel by kernel. There the rate is that of a large
+matrix product in the same precision, so the floor over the update is the share of the GPU that is used, and what
+the convolutions take is read off the profiler, as each takes less than its launch.
 """
 
+import contextlib
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
 
 import torch
 import tyro
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from protos.spaces import SPEC
+from training import gpu
 from training.agents.agent import Learner
 from training.batch import Batch, State
 from training.config import parse
@@ -29,6 +38,7 @@ from training.memory import keep_freed_memory
 from training.networks.harmonic import Harmonics
 
 Shape = tuple[int, ...]
+PRODUCT = 8192
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,9 @@ class Benchmark:
     algos: tuple[Literal["bc", "iql", "cql"], ...] = ("bc", "iql", "cql")
     """Which algorithms."""
     precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
-    """Which precisions."""
+    """Which precisions. On a GPU, fp32 is without TF32, as in training.run."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
     keep_memory: bool = True
     """Ask the allocator to keep freed memory, as training.run does."""
     rounds: int = 8
@@ -94,51 +106,86 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def random_batch(size: int) -> Batch:
+def random_batch(size: int, device: str) -> Batch:
     def state() -> State:
-        return State(0.1 + 0.3 * torch.rand(size, 1, *SPEC.observation.shape), torch.randint(0, 2, (size, 1)).float())
+        depth = 0.1 + 0.3 * torch.rand(size, 1, *SPEC.observation.shape)
+        return State(depth.to(device), torch.randint(0, 2, (size, 1)).float().to(device))
 
-    action = torch.rand(size, SPEC.action.size) - 0.5
-    return Batch(state(), action, torch.zeros(size), torch.full((size,), 0.99), state())
+    action = torch.rand(size, SPEC.action.size).to(device) - 0.5
+    return Batch(state(), action, torch.zeros_like(action[:, 0]), torch.full_like(action[:, 0], 0.99), state())
 
 
 def seconds(work: Callable[[], Any]) -> float:
+    """Of `work`, until the GPU, if there is one, has done it."""
+    wait()
     start = time.perf_counter()
     work()
+    wait()
     return time.perf_counter() - start
 
 
-def measure(preset: str, algo: str, precision: str, rounds: int) -> str:
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def gpu_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product."""
+    a, b = (torch.randn(PRODUCT, PRODUCT, device="cuda").to(dtype) for _ in range(2))
+    return 2.0 * PRODUCT**3 / min(seconds(lambda: a @ b) for _ in range(10))
+
+
+def gpu_convolutions(learner: Learner, batch: Batch) -> float:
+    """Seconds that an update's convolutions take, with what they do to their images' formats."""
+    with plainly(learner), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        learner.update(batch)
+        wait()
+    convolutions = ("aten::cudnn_convolution", "aten::convolution_backward")
+    return sum(row.device_time_total for row in profiler.key_averages() if row.key in convolutions) / 1e6
+
+
+def measure(preset: str, algo: str, precision: str, rounds: int, device: str) -> str:
     """A row of the table."""
     config = parse(["--dataset", "none", "--output", "none", "--preset", preset, "--algo", algo])
     torch.manual_seed(0)
-    learner = Learner(make_agent(config, SPEC), config.learning_rate, bf16=precision == "bf16")
-    batch = random_batch(config.batch_size)
-    with Recorder() as recorder, without_harmonics():
-        learner.update(batch)
+    if device == "cuda":
+        gpu.prepare(precision)
+
+    def learner_on(device: str) -> Learner:
+        return Learner(make_agent(config, SPEC).to(device), config.learning_rate, bf16=precision == "bf16")
+
+    on_cpu = learner_on("cpu")
+    with Recorder() as recorder, plainly(on_cpu):  # there, because a GPU only replays what it once did
+        on_cpu.update(random_batch(config.batch_size, "cpu"))
+    learner, batch = learner_on(device), random_batch(config.batch_size, device)
+    learner.update(batch)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    alone = [(call, count, call.alone(dtype)) for call, count in recorder.calls.items()]
-    update, plain, bare, fastest = [], [], [], dict.fromkeys(recorder.calls, float("inf"))
+    flop = sum(count * call.flop for call, count in recorder.calls.items())
+    alone = {call: call.alone(dtype) for call in recorder.calls} if device == "cpu" else {}
+    update, plain, bare, fastest = [], [], [], dict.fromkeys(alone, float("inf"))
     for _ in range(rounds):
         update.append(seconds(lambda: learner.update(batch)))
-        with without_harmonics():
+        with plainly(learner):
             plain.append(seconds(lambda: learner.update(batch)))
-        took = {call: seconds(work) for call, _, work in alone}
-        bare.append(sum(count * took[call] for call, count, _ in alone))
+        took = {call: seconds(work) for call, work in alone.items()}
+        bare.append(sum(recorder.calls[call] * took[call] for call in took))
         fastest = {call: min(fastest[call], took[call]) for call in took}
-    flop = sum(count * call.flop for call, count, _ in alone)
-    rate = max(call.flop / fastest[call] for call in fastest)
+    on_gpu = device == "cuda"
+    rate = gpu_rate(dtype) if on_gpu else max(call.flop / fastest[call] for call in fastest)
     floor = flop / rate
-    took_s, plain_s, bare_s = (statistics.median(times) for times in (update, plain, bare))
+    took_s, plain_s = statistics.median(update), statistics.median(plain)
+    bare_s = gpu_convolutions(learner, batch) if on_gpu else statistics.median(bare)
     return (
-        f"| {preset} | {algo} | {precision} | {flop / 1e9:.0f} | {rate / 1e9:.0f} | {floor:.3f} | {bare_s:.3f} | "
-        f"{plain_s:.3f} | {took_s:.3f} | {took_s / floor:.2f} | {took_s / bare_s:.2f} |"
+        f"| {preset} | {algo} | {precision} | {flop / 1e9:.0f} | {rate / 1e9:.0f} | {floor:.3g} | {bare_s:.3g} | "
+        f"{plain_s:.3g} | {took_s:.3g} | {took_s / floor:.2f} | {took_s / bare_s:.2f} |"
     )
 
 
-def without_harmonics() -> Any:
-    """Inside it every convolution is a plain one."""
-    return mock.patch.object(Harmonics, "pays", return_value=False)
+@contextlib.contextmanager
+def plainly(learner: Learner) -> Iterator[None]:
+    """Inside it every convolution is a plain one, and a GPU's kernels are launched one by one."""
+    with mock.patch.object(Harmonics, "pays", return_value=False), mock.patch.object(learner, "records", False):
+        yield
 
 
 def main() -> None:
@@ -147,13 +194,13 @@ def main() -> None:
         keep_freed_memory()
     print(
         "| preset | algorithm | precision | GFLOP per update | best rate, GFLOP/s | floor, s | bare convolutions, s | "
-        "update by plain ones, s | update, s | update / floor | update / bare |"
+        "update done plainly, s | update, s | update / floor | update / bare |"
     )
     print("|" + "---|" * 11)
     for preset in config.presets:
         for algo in config.algos:
             for precision in config.precisions:
-                print(measure(preset, algo, precision, config.rounds), flush=True)
+                print(measure(preset, algo, precision, config.rounds, config.device), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What all agents share: an optimiser, target networks that follow, checkpoints. Nothing mathematical."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from training.batch import Batch, State
 from training.distributed import ALONE, Processes
+from training.gpu import Recorded
 from training.networks.roles import Actor, Critic
 
 
@@ -89,6 +91,9 @@ class Learner:
         groups = [{"params": [p for p in agent.parameters() if p.requires_grad and p not in faster], "times": 1.0}]
         groups += [{"params": [parameter], "times": times} for parameter, times in faster.items()]
         self._optimiser = torch.optim.Adam(groups, lr=learning_rate, fused=True)
+        self.records = processes.count == 1
+        """Whether a GPU replays what it once recorded. Where processes wait for each other, it does not."""
+        self._recorded: dict[bool, tuple[Batch, Recorded[tuple[list[str], Tensor]]]] = {}
 
     def update(self, batch: Batch, rate: float = 1.0) -> dict[str, float]:
         """One step at `rate` times the learning rate; returns every loss and value by name.
@@ -97,20 +102,33 @@ class Learner:
         """
         for group in self._optimiser.param_groups:
             group["lr"] = self._learning_rate * rate * group.get("times", 1.0)  # older checkpoints have none
-        device = batch.action.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self._bf16):
-            named = self._losses(batch)
+        on_gpu = batch.action.device.type == "cuda"
+        names, values = self._replay(batch) if on_gpu and self.records else self._differentiate(batch)
         # One transfer for all: on a GPU each would wait for the whole update.
-        values = torch.stack([value.detach().float() for value in named.values()]).tolist()
-        scalars = dict(zip(named, values, strict=True))
+        scalars = dict(zip(names, values.tolist(), strict=True))
         self._require_sane(scalars, batch.action.device)
-        self._optimiser.zero_grad(set_to_none=True)
-        total = torch.stack([value for name, value in named.items() if name.startswith("losses/")]).sum()
-        total.backward()
         self._optimiser.step()
         if not self.agent.values_rest:
             self.agent.follow()
         return scalars
+
+    def _differentiate(self, batch: Batch) -> tuple[list[str], Tensor]:
+        """Every loss and value by name; the gradients of the losses' sum are the parameters' then."""
+        self._optimiser.zero_grad(set_to_none=True)
+        with torch.autocast(batch.action.device.type, dtype=torch.bfloat16, enabled=self._bf16):
+            named = self._losses(batch)
+        torch.stack([value for name, value in named.items() if name.startswith("losses/")]).sum().backward()
+        return list(named), torch.stack([value.detach().float() for value in named.values()])
+
+    def _replay(self, batch: Batch) -> tuple[list[str], Tensor]:
+        """The same, from a recording that is made once; and once more when values rest, as less is computed then."""
+        rest = self.agent.values_rest
+        if rest not in self._recorded:
+            own = copy.deepcopy(batch)
+            self._recorded = {rest: (own, Recorded(lambda: self._differentiate(own)))}
+        own, recorded = self._recorded[rest]
+        own.copy_(batch)
+        return recorded()
 
     @property
     def finite(self) -> bool:

@@ -220,7 +220,8 @@ class _Conv(enn.R2Conv):
     def expand_parameters(self) -> tuple[Tensor, Tensor | None]:
         """The filter [O, I, k, k], channels last, and the bias [O]."""
         if not self._alike:
-            return super().expand_parameters()
+            with torch.autocast(self.weights.device.type, enabled=False):  # a GPU puts no bfloat16 among float32
+                return super().expand_parameters()
         to, of, o, i, k = self._shape
         blocks = torch.matmul(self._basis, self.weights.view(to, of, -1).mT)  # [to, o * k * i, of]
         last = blocks.view(to, o * k, i, of).mT.reshape(to * o, self.kernel_size, self.kernel_size, of * i)

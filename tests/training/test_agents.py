@@ -345,6 +345,41 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, agent.parameters(), strict=True))
 
 
+class Repeated:
+    """What a CUDA graph does, where there is no GPU: it is made of what it does once, and knows no other tensors."""
+
+    def __init__(self, work: Any) -> None:
+        self.work, self.times = work, 0
+        work()
+
+    def __call__(self) -> Any:
+        self.times += 1
+        return self.work()
+
+
+def test_what_is_replayed_sees_each_batch_and_is_recorded_again_when_values_rest(
+    monkeypatch: pytest.MonkeyPatch, reach: Dataset
+) -> None:
+    monkeypatch.setattr("training.agents.agent.Recorded", Repeated)
+    plain, replayed = (Learner(make(IQL, IQLConfig(values_first=0.5)), 1e-3, bf16=False) for _ in range(2))
+    replayed.agent.load_state_dict(plain.agent.state_dict())
+    seen = []
+    for at, rest in enumerate((False, False, True, True)):
+        batch = reach.batch(torch.arange(8) + 8 * at)
+        plain.agent.values_rest = replayed.agent.values_rest = rest
+        names, values = replayed._replay(batch)
+        assert dict(zip(names, values.tolist(), strict=True)) == pytest.approx(plain.update(batch))
+        replayed._optimiser.step()
+        if not rest:
+            replayed.agent.follow()
+        (recorded,) = [recorded for _, recorded in replayed._recorded.values()]
+        seen.append((recorded, recorded.times))
+    assert [times for _, times in seen] == [1, 2, 1, 2]
+    assert seen[0][0] is seen[1][0] is not seen[2][0] is seen[3][0]
+    states = (learner.agent.state_dict().values() for learner in (plain, replayed))
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
 def test_a_value_beyond_all_reason_stops_too() -> None:
     agent, batch = make(IQL, IQLConfig()), batch_of(SMALL)
     learner = Learner(agent, 1e-3, bf16=False, value_bound=1.0)

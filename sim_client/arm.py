@@ -26,6 +26,8 @@ YAW_REACH_RAD = 2.4
 
 HOLDING_MIN_M = 0.003
 """A gripper whose fingers stay this much further apart than commanded holds something."""
+PRESSED_N = 0.5
+"""As does one both of whose fingers are pushed by more than this."""
 
 _GRIP_FORCE_N = 20.0
 
@@ -102,8 +104,22 @@ class Arm:
 
     @property
     def holding(self) -> bool:
-        """Whether something keeps the gripper's fingers further apart than it was told to."""
-        return self.finger_gap_m > 2 * FINGER_TRAVEL_M * self._open + HOLDING_MIN_M
+        """Whether something keeps the gripper's fingers further apart than it was told to, or is pressed by both."""
+        return self.finger_gap_m > 2 * FINGER_TRAVEL_M * self._open + HOLDING_MIN_M or self._presses
+
+    @property
+    def _presses(self) -> bool:
+        """Whether one body pushes both fingers outward: a command just short of its width hardly moves them apart."""
+        left, right = (
+            np.array(p.getLinkState(self._body, finger, physicsClientId=self._client)[0]) for finger in self._fingers
+        )
+        outward = (left - right) / np.linalg.norm(left - right)
+        pushing = []
+        for finger, way in zip(self._fingers, (outward, -outward), strict=True):
+            touching = p.getContactPoints(bodyA=self._body, linkIndexA=finger, physicsClientId=self._client)
+            # Of a contact: [2] the other body, [7] the normal towards the finger, [9] the force along it.
+            pushing.append({c[2] for c in touching if c[9] * np.dot(c[7], way) > PRESSED_N} - {self._body})
+        return bool(pushing[0] & pushing[1])
 
     def _go_on(self, substeps: int) -> None:
         """With the motion under way, or at its end."""

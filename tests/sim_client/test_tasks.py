@@ -135,7 +135,8 @@ def test_success_is_not_declared_while_the_gripper_still_holds() -> None:
     env.close()
 
 
-def test_a_block_gripped_half_way_is_held() -> None:
+@pytest.mark.parametrize("opening", [0.52, 0.55, 0.58])
+def test_a_block_gripped_half_way_is_held(opening: float) -> None:
     """As by a policy that commands a little more than half open: the fingers still squeeze it, and it comes along."""
     env = gymnasium.make(ENV_IDS["block_picking"])
     env.reset(seed=1)
@@ -143,7 +144,7 @@ def test_a_block_gripped_half_way_is_held() -> None:
     while not bare.arm.holding:
         env.step(expert(env))
     action = np.zeros(ACTION.size, np.float32)
-    action[ACTION.slice_of("gripper")], action[ACTION.slice_of("lift")] = 0.52, 0.05
+    action[ACTION.slice_of("gripper")], action[ACTION.slice_of("lift")] = opening, 0.05
     for _ in range(4):
         obs, _, done, *_ = env.step(action)
         if done:
@@ -151,6 +152,25 @@ def test_a_block_gripped_half_way_is_held() -> None:
     assert bare.task._block.position[2] > 0.06
     assert obs["gripper"][0] == 1.0
     assert done
+    env.close()
+
+
+def test_a_block_in_the_bowl_between_the_fingers_has_not_been_put_there() -> None:
+    env = gymnasium.make(ENV_IDS["block_in_bowl"])
+    env.reset(seed=1)
+    bare = unwrapped(env)
+    while not bare.task._in_bowl:
+        action = expert(env)
+        loose = action[ACTION.slice_of("gripper")] > 0.5 and bare.arm.holding
+        if loose:  # over the bowl, where the expert lets go
+            action[ACTION.slice_of("gripper")] = 0.545
+        env.step(action)
+    for _ in range(3):
+        still = np.zeros(ACTION.size, np.float32)
+        still[ACTION.slice_of("gripper")] = 0.545
+        _, reward, done, *_ = env.step(still)
+        assert reward == 0
+        assert not done
     env.close()
 
 

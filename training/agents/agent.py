@@ -124,8 +124,9 @@ class Learner:
         """The same, from a recording that is made once; and once more when values rest, as less is computed then."""
         rest = self.agent.values_rest
         if rest not in self._recorded:
+            self._recorded.clear()  # first: the GPU may have no room for both
             own = copy.deepcopy(batch)
-            self._recorded = {rest: (own, Recorded(lambda: self._differentiate(own)))}
+            self._recorded[rest] = own, Recorded(lambda: self._differentiate(own))
         own, recorded = self._recorded[rest]
         own.copy_(batch)
         return recorded()

@@ -54,7 +54,8 @@ class Evaluate:
     episodes: int = 50
     """How many episodes."""
     seed: int = 0
-    """Of the scenes; scenes of evaluation never coincide with scenes of collection."""
+    """Of the scenes, none of which is collected. A policy that learned from a server's recordings of an evaluation
+    needs another seed than that had."""
     report: Path | None = None
     """Write the report here, as JSON."""
     min_success: float | None = None

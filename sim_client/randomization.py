@@ -24,7 +24,7 @@ class Randomization:
     depth_noise_m: float = 0.0
     """Standard deviation of a pixel's depth at 0.5 m; a depth camera's error grows with the distance squared."""
     missing_pixels: float = 0.0
-    """Share of pixels without depth, most of them along edges; they read 0, as a real camera's do."""
+    """Share of pixels without depth, which read 0, as a real camera's do; at edges they are ten times as likely."""
     latency_s: float = 0.0
     """The robot acts on a command this late, at most: uniform per episode."""
     camera_error_m: float = 0.0

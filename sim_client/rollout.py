@@ -32,6 +32,6 @@ def rollout(env: gymnasium.Env[Obs, NDArray[np.float32]], act: Act, seed: int) -
         action=np.stack(actions),
         reward=np.array(rewards, np.float32),
         terminated=terminated,
-        truncated=truncated,
+        truncated=truncated and not terminated,  # of its very last step, Gymnasium's time limit says both
         rgb=np.stack([o["rgb"] for o in seen]) if "rgb" in obs else None,
     )

@@ -13,21 +13,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium
 import minari
 import numpy as np
 import pytest
 
 from protos.spaces import ACTION, SPEC
 from serving.errors import PolicyRefused
-from sim_client import workers
+from sim_client import ENV_IDS, workers
 from sim_client.behaviors import GOLDEN, uniform
 from sim_client.calibrate import EPISODES, ROUNDS, calibrate
 from sim_client.collect import Collect, Summary, _noisy_recorder, collect, main
 from sim_client.episodes import Episode
 from sim_client.randomization import Randomization
+from sim_client.rollout import rollout
 from sim_client.store import read, read_about
 from sim_client.workers import Partial, Record
-from sim_client.world import World
+from sim_client.world import World, unwrapped
 from tests.makers import tiny_policy_file
 from tests.sim_client.test_store import same
 
@@ -62,6 +64,15 @@ def test_the_environment_can_be_recovered_as_it_was(tmp_path: Path, monkeypatch:
     np.testing.assert_array_equal(obs["depth"], next(iter(read(tmp_path / "picking"))).depth[0])
     assert env.unwrapped.randomization == world.randomize  # type: ignore[attr-defined]
     env.close()
+
+
+def test_success_in_the_last_step_that_there_is_was_not_cut_off() -> None:
+    def steps(env: Any) -> Episode:
+        return rollout(env, lambda *_: unwrapped(env).expert_action(), seed=3)
+
+    whole = steps(gymnasium.make(ENV_IDS["block_picking"]))
+    just = steps(gymnasium.make(ENV_IDS["block_picking"], max_episode_steps=len(whole)))
+    assert (len(just), just.terminated, just.truncated) == (len(whole), True, False)
 
 
 def test_transitions_are_exact_and_the_cut_episode_is_truncated(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ class Geometry:
             success = bool(len(reward) and reward[-1] > 0)
         else:
             done = needed.reshape(-1).astype(bool)
+            if self.success == "done" and len(done) != len(episode):  # a shorter one would cut the episode
+                raise Rejected("done", f"length {len(episode)}, one per action", str(len(done)))
             success = self.success == "all" or bool(done.any())
             if self.success == "done" and success and (end := int(np.argmax(done)) + 1) < len(episode):
                 # robomimic goes on recording what is done already; how that ended is no matter

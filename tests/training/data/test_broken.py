@@ -242,6 +242,17 @@ def nan_depth(file: Any) -> None:
     file["data/demo_1/obs/depth"][2, 0, 0, 0] = np.nan
 
 
+def shortened(name: str) -> Breaker:
+    """Demonstration 1 lacks the last of what `name` holds."""
+
+    def change(file: Any) -> None:
+        values = file[f"data/demo_1/{name}"][:-1]
+        del file[f"data/demo_1/{name}"]
+        file[f"data/demo_1/{name}"] = values
+
+    return robomimic(change)
+
+
 def nameless(file: Any) -> None:
     told = json.loads(file["data"].attrs["about"])
     file["data"].attrs["about"] = json.dumps(told | {"task": ""})
@@ -269,6 +280,9 @@ ROBOMIMIC: dict[str, tuple[Breaker, str]] = {
         robomimic(lambda file: file["data/demo_1"].attrs.update(num_samples=9)),
         "episode 1, num_samples: expected 3",
     ),
+    "a done too few": (shortened("dones"), "episode 1, dones: expected length 3, one per action"),
+    "a next frame too few": (shortened("next_obs/depth"), "episode 1, next_obs/depth: expected length 3"),
+    "a next gripper too few": (shortened("next_obs/gripper"), "episode 1, next_obs/gripper: expected length 3"),
     "NaN depth": (robomimic(nan_depth), "episode 1, step 2, depth: expected finite"),
 }
 

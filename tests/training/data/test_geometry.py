@@ -222,6 +222,13 @@ def test_the_first_done_is_the_end_however_the_recording_ended(tmp_path: Path) -
     assert (len(ended), ended.terminated, ended.truncated) == (5, False, True)
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_as_many_dones_as_actions_are_needed_to_end_one(tmp_path: Path, length: int) -> None:
+    geometry = parse(tmp_path, ("success.from", 'from = "done"'))
+    with pytest.raises(Rejected, match=f"done: expected length 3, one per action, got {length}"):
+        geometry.episode(replace(raw(3), done=np.ones(length)))
+
+
 @pytest.mark.parametrize("missing", [0, 65535, math.nan])
 def test_pixels_that_were_not_measured_are_nearest_whatever_the_offset(tmp_path: Path, missing: float) -> None:
     """As in the simulator: else a hole would be a thing, or ground, or beyond the range, by chance."""

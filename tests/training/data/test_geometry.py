@@ -240,6 +240,14 @@ def test_pixels_that_were_not_measured_are_nearest_whatever_the_offset(tmp_path:
     assert np.isclose(np.sort(converted.ravel())[1:], 0.25).all()
 
 
+@pytest.mark.parametrize("missing", [65836, 65.535, -1, math.nan, math.inf])
+def test_a_missing_value_that_the_source_cannot_hold_erases_no_depth(tmp_path: Path, missing: float) -> None:
+    depth = np.resize(np.array([0, 65, 300, 65535], np.uint16), (4, 64, 64))  # what each would wrap around to
+    geometry = parse(tmp_path, ("depth.missing", f"missing = {missing}"))
+    with pytest.raises(Rejected, match=r"depth.missing: expected a value that the source's uint16 can hold, got"):
+        geometry.episode(raw(3, depth=depth))
+
+
 def test_absent_components_are_zero(tmp_path: Path) -> None:
     geometry = parse(
         tmp_path, ("action.order", 'order = ["dx", "dy", "dz", "p"]'), ("action.absent", 'absent = ["dtheta"]')

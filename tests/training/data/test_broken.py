@@ -321,10 +321,24 @@ def as_video(path: Path) -> None:
     info(features=features)(path)
 
 
+def without_dtype(path: Path) -> None:
+    features = json.loads((path / "meta/info.json").read_text())["features"]
+    del features["observation.gripper"]["dtype"]
+    info(features=features)(path)
+
+
+def of_two_tasks(table: pa.Table) -> pa.Table:
+    second = pa.array([min(index, 1) for index in table.column("episode_index").to_pylist()])
+    return table.set_column(table.column_names.index("task_index"), "task_index", second)
+
+
 LEROBOT: dict[str, tuple[Breaker, str]] = {
     "info that is no JSON": (lambda path: (path / "meta/info.json").write_text("{"), "a LeRobotDataset's metadata"),
     "another version": (info(codebase_version="v1.6"), "codebase_version: expected v3.0 or v2.1"),
     "no depth feature": (info(features={}), "observation.depth: expected a feature"),
+    "no features": (info(features=None), "a LeRobotDataset's metadata"),
+    "a feature of no type": (without_dtype, "meta/info.json, observation.gripper: expected a feature with its dtype"),
+    "two tasks": (rows(of_two_tasks), "episode 1, task_index: expected one task in all episodes, got [0, 1]"),
     "lossy video": (as_video, "lossy video is no depth in metres"),
     "no contract": (lambda path: (path / "meta/equiserve.json").unlink(), "contract: expected a contract"),
     "no rows": (lambda path: shutil.rmtree(path / "data"), "episode 0, data: expected parquet files"),

@@ -88,6 +88,7 @@ def _carries_its_contract(path: Path) -> Rejected:
 
 
 def _checked(path: Path, episodes: Iterable[Raw], about: About, geometry: Geometry | None) -> Iterator[Episode]:
+    successes = []
     for index, raw in enumerate(episodes):
         where = f"{path}, episode {index}"
         try:
@@ -97,7 +98,16 @@ def _checked(path: Path, episodes: Iterable[Raw], about: About, geometry: Geomet
         if len(raw.action) == 1 and not len(episode):
             log.warning("%s: left out: its only action failed, and no frame shows what came of it", where)
             continue
-        yield check(episode, about.spec, where)
+        episode = check(episode, about.spec, where)
+        successes.append(episode.success)
+        yield episode
+    if geometry and geometry.success == "done" and len(successes) > 1 and all(successes):
+        log.warning(
+            "%s: all %d episodes succeed, by their done flags: if those only mark where recordings end, as LeRobot's "
+            'next.done usually does, failures are among them; then say success.from = "reward"',
+            path,
+            len(successes),
+        )
 
 
 def write_dataset(path: Path, kind: str, episodes: Iterable[Episode], about: About) -> None:

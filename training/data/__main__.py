@@ -207,12 +207,12 @@ def draw(successes: list[bool], share: float, seed: int) -> list[bool]:
     """
     of = {outcome: [i for i, success in enumerate(successes) if success is outcome] for outcome in (True, False)}
     counts = {outcome: round(share * len(indices)) for outcome, indices in of.items()}
+    counts |= {outcome: min(max(counts[outcome], 1), len(of[outcome]) - 1) for outcome in of if len(of[outcome]) > 1}
     if (first := sum(counts.values())) in (0, len(successes)):
         raise Rejected("--share", "at least one episode in each part", f"{first} of {len(successes)} in the first")
     generator, chosen = random.Random(seed), set[int]()
     for outcome, indices in of.items():
-        count = min(max(counts[outcome], 1), len(indices) - 1) if len(indices) > 1 else counts[outcome]
-        chosen |= set(generator.sample(indices, count))
+        chosen |= set(generator.sample(indices, counts[outcome]))
     return [i in chosen for i in range(len(successes))]
 
 

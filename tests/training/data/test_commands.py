@@ -217,11 +217,29 @@ def test_split_divides_whole_episodes_evenly_and_the_same_way_again(path: Path, 
     }
 
 
-@pytest.mark.parametrize("arguments", [["--share", "1.0"], ["--share", "0.01"]])
-def test_a_split_with_an_empty_part_is_refused(arguments: list[str], path: Path, tmp_path: Path) -> None:
+def test_a_split_by_no_share_is_refused(path: Path, tmp_path: Path) -> None:
     outputs = ["--output-a", str(tmp_path / "a"), "--output-b", str(tmp_path / "b")]
-    assert main(["split", str(path), *arguments, *outputs]) == 2
+    assert main(["split", str(path), "--share", "1.0", *outputs]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("share", "count"), [("0.9", 2), ("0.1", 2), ("0.9", 1)])
+def test_a_split_with_an_empty_part_is_refused(share: str, count: int, tmp_path: Path) -> None:
+    """Of a single success and a single failure neither can be divided."""
+    few, outputs = (
+        minari(tmp_path / "few", count),
+        ["--output-a", str(tmp_path / "a"), "--output-b", str(tmp_path / "b")],
+    )
+    assert main(["split", str(few), "--share", share, *outputs]) == 2
+    assert list(tmp_path.iterdir()) == [few]
+
+
+@pytest.mark.parametrize("outcomes", [[True] * 2, [False] * 4, [True] * 2 + [False] * 2])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.9, 0.99])
+def test_few_episodes_are_divided_where_there_are_two_of_a_kind(outcomes: list[bool], share: float) -> None:
+    first = draw(outcomes, share, 0)
+    assert {outcome for outcome, chosen in zip(outcomes, first, strict=True) if chosen} == set(outcomes)
+    assert {outcome for outcome, chosen in zip(outcomes, first, strict=True) if not chosen} == set(outcomes)
 
 
 def test_few_successes_are_not_all_on_one_side() -> None:

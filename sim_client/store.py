@@ -197,8 +197,10 @@ def read_about(path: Path) -> About:
     spec = _contract(metadata, path)
     try:
         notes = json.loads(metadata.get("notes", "{}"))
-    except ValueError as error:
-        raise Rejected(f"{path}, metadata.notes", "JSON", repr(error)) from error
+    except (ValueError, TypeError) as error:
+        raise Rejected(f"{path}, metadata.notes", "JSON of an object, as text", repr(error)) from error
+    if not isinstance(notes, dict):
+        raise Rejected(f"{path}, metadata.notes", "JSON of an object, as text", f"that of a {type(notes).__name__}")
     try:
         return About(
             spec=spec,

@@ -114,8 +114,8 @@ def _write_minari(folder: Path, episodes: Iterable[Episode], about: About) -> No
     behaviors: list[str] = []
 
     def buffers() -> Iterator[Any]:
-        for index, episode in enumerate(_chained(first, remaining)):
-            check(episode, about.spec, f"episode {index}")
+        for index, given in enumerate(_chained(first, remaining)):
+            episode = check(given, about.spec, f"episode {index}")
             if (episode.rgb is None) != (first.rgb is None):
                 raise Rejected(f"episode {index}, rgb", "in every episode or in none", "in some")
             behaviors.append(episode.behavior)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from protos.spaces import SPEC as DEFAULT_SPEC
+from protos.spaces import GripperState
 from sim_client import store
 from sim_client.episodes import Episode
 from tests.training.data.makers import ABOUT, REPOSITORY, SPEC, assert_same, episode, minari
@@ -111,6 +112,18 @@ def test_validate_warns_of_what_is_legal_but_suspicious(
     store.write(tmp_path / "set", [suspicious(change)], ABOUT)
     assert main(["validate", str(tmp_path / "set")]) == 0
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("opening", "warned"),
+    [([0.0, 0.4], False), ([0.4, 0.4], True), ([1.0, 1.0], True)],
+    ids=["half open", "never moves", "wide open"],
+)
+def test_an_open_ratio_is_suspicious_where_it_never_changes(opening: list[float], warned: bool) -> None:
+    spec = replace(SPEC, observation=replace(SPEC.observation, gripper=GripperState.OPEN_RATIO))
+    one = replace(episode(0), gripper=np.resize(np.float32(opening), (3, 1)))
+    told = [warning for warning in Survey.of(spec, [one]).warnings() if "gripper" in warning]
+    assert told == ([f"the gripper's opening never changes (always {opening[0]:g}): is it recorded?"] if warned else [])
 
 
 def test_inspect_tells_counts_distributions_coverage_and_bytes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from sim_client.episodes import Episode
 from sim_client.store import About
 from training.data.convert import Foreign, Importable, detect, open_dataset, write_dataset
 from training.data.formats.flight import Choice, read_labels
+from training.data.formats.raw import Misused
 from training.data.geometry import Geometry
 from training.data.geometry_file import read_geometry
 from training.data.survey import Survey
@@ -49,6 +50,8 @@ class Validate:
             if wanted is not None:
                 wanted.require_same(about.spec, str(self.path))
             survey = Survey.of(about.spec, episodes)
+        except Misused:  # nothing is said against the data
+            raise
         except Rejected as error:
             where = "" if str(self.path) in error.field else f"{self.path}, "
             print(f"broken: {where}{error}", file=sys.stderr)

@@ -14,7 +14,7 @@ from sim_client import store
 from sim_client.episodes import Episode, check
 from sim_client.store import About
 from training.data.formats import flight
-from training.data.formats.raw import Raw, own
+from training.data.formats.raw import Misused, Raw, own
 from training.data.geometry import Geometry
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def open_dataset(
         about = About(spec=geometry.spec, task=geometry.task, behavior="imported", dataset_id="equiserve/imported-v0")
         return about, _checked(path, source.episodes, about, geometry)
     if source.about is None:
-        raise Rejected(
+        raise Misused(
             f"{path}, contract",
             "a contract in the file",
             "nothing",
@@ -83,8 +83,8 @@ def open_dataset(
     return source.about, _checked(path, source.episodes, source.about, None)
 
 
-def _carries_its_contract(path: Path) -> Rejected:
-    return Rejected("--geometry", f"nothing: {path} carries its contract", "a geometry file", "leave it out")
+def _carries_its_contract(path: Path) -> Misused:
+    return Misused("--geometry", f"nothing: {path} carries its contract", "a geometry file", "leave it out")
 
 
 def _checked(path: Path, episodes: Iterable[Raw], about: About, geometry: Geometry | None) -> Iterator[Episode]:

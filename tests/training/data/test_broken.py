@@ -14,8 +14,8 @@ import pytest
 
 from protos.errors import Rejected
 from protos.spaces import ACTION, ObservationSpec, PolicySpec
-from tests.training.data.makers import ABOUT, SPEC, episode, minari, npz_arrays
-from training.data.__main__ import BROKEN, main
+from tests.training.data.makers import ABOUT, REPOSITORY, SPEC, episode, minari, npz_arrays
+from training.data.__main__ import BROKEN, REFUSED, main
 from training.data.convert import write_dataset
 from training.data.dataset import load
 
@@ -194,7 +194,6 @@ NPZ: dict[str, tuple[Breaker, str]] = {
     "no bytes": (lambda path: path.write_bytes(b""), "expected an undamaged .npz"),
     "cut short": (lambda path: (arrays()(path), path.write_bytes(path.read_bytes()[:2000]))[0], "undamaged .npz"),
     "pickled": (arrays(behavior=np.array([{}, {}, {}], object)), "save arrays of numbers and text, never objects"),
-    "no contract": (arrays(contract=None), "contract: expected a contract in the file"),
     "half a contract": (arrays(contract=np.array("{}")), "contract"),
     "another digest": (arrays(contract_digest=np.array("0" * 64)), "contract_digest"),
     "no lengths": (arrays(episode_lengths=None), "episode_lengths: expected the number of actions"),
@@ -269,10 +268,6 @@ ROBOMIMIC: dict[str, tuple[Breaker, str]] = {
         "data: expected the group",
     ),
     "no demonstrations": (robomimic(lambda file: file["data"].clear()), "data: expected at least one demonstration"),
-    "no contract": (
-        robomimic(lambda file: file["data"].attrs.__delitem__("contract")),
-        "contract: expected a contract",
-    ),
     "a task without a name": (robomimic(nameless), "task: expected printable text"),
     "no observations": (without("data/demo_1/obs"), "episode 1, obs: expected in /data/demo_1"),
     "no depth": (without("data/demo_1/obs/depth"), "episode 1, obs/depth: expected in /data/demo_1"),
@@ -342,7 +337,6 @@ LEROBOT: dict[str, tuple[Breaker, str]] = {
     "a feature of no type": (without_dtype, "meta/info.json, observation.gripper: expected a feature with its dtype"),
     "two tasks": (rows(of_two_tasks), "episode 1, task_index: expected one task in all episodes, got [0, 1]"),
     "lossy video": (as_video, "lossy video is no depth in metres"),
-    "no contract": (lambda path: (path / "meta/equiserve.json").unlink(), "contract: expected a contract"),
     "no rows": (lambda path: shutil.rmtree(path / "data"), "episode 0, data: expected parquet files"),
     "an episode missing": (rows(lambda table: table.slice(0, 5)), "total_episodes: expected 4"),
     "a row missing": (rows(lambda table: table.slice(1)), "episode 0, frame_index: expected 0, 1, 2"),
@@ -376,3 +370,41 @@ def test_another_contract_than_asked_for_is_named_field_by_field(
     assert "observation.row_axis.0=1" in said
     (tmp_path / "same.json").write_text(SPEC.to_json())
     assert main(["validate", str(good["minari"]), "--contract", str(tmp_path / "same.json")]) == 0
+
+
+def unsaid(kind: str, path: Path) -> None:
+    """What the numbers at `path` mean is told no more."""
+    if kind == "npz":
+        arrays(contract=None)(path)
+    elif kind == "robomimic":
+        robomimic(lambda file: file["data"].attrs.__delitem__("contract"))(path)
+    else:
+        (path / "meta/equiserve.json").unlink()
+
+
+def copied(kind: str, good: dict[str, Path], folder: Path) -> Path:
+    if kind == "npz":
+        arrays()(folder / "set.npz")
+        return folder / "set.npz"
+    copy = shutil.copy if good[kind].is_file() else shutil.copytree
+    return Path(copy(good[kind], folder / good[kind].name))
+
+
+@pytest.mark.parametrize("kind", ["npz", "robomimic", "lerobot"])
+def test_data_that_want_a_geometry_are_not_broken(
+    kind: str, good: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copied(kind, good, tmp_path)
+    unsaid(kind, path)
+    assert main(["validate", str(path)]) == REFUSED
+    assert f"refused: {path}, contract: expected a contract in the file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["minari", "npz", "robomimic", "lerobot"])
+def test_data_that_want_no_geometry_are_not_broken_by_one(
+    kind: str, good: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, geometry = copied(kind, good, tmp_path), tmp_path / "camera.toml"
+    geometry.write_text((REPOSITORY / "docs/camera.toml").read_text().replace("# depth =", "depth ="))  # "birdview_..."
+    assert main(["validate", str(path), "--geometry", str(geometry)]) == REFUSED
+    assert f"refused: --geometry: expected nothing: {path} carries its contract" in capsys.readouterr().err

@@ -42,7 +42,7 @@ def read(path: Path, names: Mapping[str, str]) -> Source:
         info = json.loads((path / "meta/info.json").read_text())
         told, version = dict(info["features"]), str(info["codebase_version"])
         about = _about(path)
-        ours = _our_columns(path) if about else {}
+        ours, names = (_our_columns(path), NAMES) if about else ({}, names)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Rejected(f"{path}/meta", "a LeRobotDataset's metadata", f"{type(error).__name__}: {error}") from error
     if version not in ("v3.0", "v2.1"):

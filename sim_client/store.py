@@ -114,8 +114,8 @@ def _write_minari(folder: Path, episodes: Iterable[Episode], about: About) -> No
     behaviors: list[str] = []
 
     def buffers() -> Iterator[Any]:
-        for index, episode in enumerate(_chained(first, remaining)):
-            check(episode, about.spec, f"episode {index}")
+        for index, given in enumerate(_chained(first, remaining)):
+            episode = check(given, about.spec, f"episode {index}")
             if (episode.rgb is None) != (first.rgb is None):
                 raise Rejected(f"episode {index}, rgb", "in every episode or in none", "in some")
             behaviors.append(episode.behavior)
@@ -197,8 +197,10 @@ def read_about(path: Path) -> About:
     spec = _contract(metadata, path)
     try:
         notes = json.loads(metadata.get("notes", "{}"))
-    except ValueError as error:
-        raise Rejected(f"{path}, metadata.notes", "JSON", repr(error)) from error
+    except (ValueError, TypeError) as error:
+        raise Rejected(f"{path}, metadata.notes", "JSON of an object, as text", repr(error)) from error
+    if not isinstance(notes, dict):
+        raise Rejected(f"{path}, metadata.notes", "JSON of an object, as text", f"that of a {type(notes).__name__}")
     try:
         return About(
             spec=spec,

@@ -66,6 +66,16 @@ def test_minari_itself_reads_filters_and_extends_it(tmp_path: Path) -> None:
     assert dataset.sample_episodes(1)[0].observations["depth"].dtype == np.float32
 
 
+def test_arrays_of_another_precision_are_written_as_the_spaces_say(tmp_path: Path) -> None:
+    names, one = ("depth", "gripper", "action", "reward"), made(1)
+    wide = replace(one, **{name: getattr(one, name).astype(np.float64) for name in names})
+    write(tmp_path / "d", [wide], ABOUT)
+    with h5py.File(tmp_path / "d" / "data" / "main_data.hdf5") as data:
+        for name in ("observations/depth", "observations/gripper", "actions", "rewards"):
+            assert data[f"episode_0/{name}"].dtype == np.float32, name
+    assert same(next(read(tmp_path / "d")), one)
+
+
 def test_a_broken_episode_is_never_written(tmp_path: Path) -> None:
     bad = made(1)
     bad.depth[2, 0, 0] = np.nan

@@ -16,6 +16,7 @@ from sim_client.episodes import Episode
 from sim_client.store import About
 from training.data.convert import Foreign, Importable, detect, open_dataset, write_dataset
 from training.data.formats.flight import Choice, read_labels
+from training.data.formats.raw import Misused
 from training.data.geometry import Geometry
 from training.data.geometry_file import read_geometry
 from training.data.survey import Survey
@@ -49,6 +50,8 @@ class Validate:
             if wanted is not None:
                 wanted.require_same(about.spec, str(self.path))
             survey = Survey.of(about.spec, episodes)
+        except Misused:  # nothing is said against the data
+            raise
         except Rejected as error:
             where = "" if str(self.path) in error.field else f"{self.path}, "
             print(f"broken: {where}{error}", file=sys.stderr)
@@ -207,12 +210,12 @@ def draw(successes: list[bool], share: float, seed: int) -> list[bool]:
     """
     of = {outcome: [i for i, success in enumerate(successes) if success is outcome] for outcome in (True, False)}
     counts = {outcome: round(share * len(indices)) for outcome, indices in of.items()}
+    counts |= {outcome: min(max(counts[outcome], 1), len(of[outcome]) - 1) for outcome in of if len(of[outcome]) > 1}
     if (first := sum(counts.values())) in (0, len(successes)):
         raise Rejected("--share", "at least one episode in each part", f"{first} of {len(successes)} in the first")
     generator, chosen = random.Random(seed), set[int]()
     for outcome, indices in of.items():
-        count = min(max(counts[outcome], 1), len(indices) - 1) if len(indices) > 1 else counts[outcome]
-        chosen |= set(generator.sample(indices, count))
+        chosen |= set(generator.sample(indices, counts[outcome]))
     return [i in chosen for i in range(len(successes))]
 
 

@@ -14,7 +14,7 @@ from sim_client import store
 from sim_client.episodes import Episode, check
 from sim_client.store import About
 from training.data.formats import flight
-from training.data.formats.raw import Raw, own
+from training.data.formats.raw import Misused, Raw, own
 from training.data.geometry import Geometry
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def open_dataset(
         about = About(spec=geometry.spec, task=geometry.task, behavior="imported", dataset_id="equiserve/imported-v0")
         return about, _checked(path, source.episodes, about, geometry)
     if source.about is None:
-        raise Rejected(
+        raise Misused(
             f"{path}, contract",
             "a contract in the file",
             "nothing",
@@ -83,11 +83,12 @@ def open_dataset(
     return source.about, _checked(path, source.episodes, source.about, None)
 
 
-def _carries_its_contract(path: Path) -> Rejected:
-    return Rejected("--geometry", f"nothing: {path} carries its contract", "a geometry file", "leave it out")
+def _carries_its_contract(path: Path) -> Misused:
+    return Misused("--geometry", f"nothing: {path} carries its contract", "a geometry file", "leave it out")
 
 
 def _checked(path: Path, episodes: Iterable[Raw], about: About, geometry: Geometry | None) -> Iterator[Episode]:
+    successes = []
     for index, raw in enumerate(episodes):
         where = f"{path}, episode {index}"
         try:
@@ -97,7 +98,16 @@ def _checked(path: Path, episodes: Iterable[Raw], about: About, geometry: Geomet
         if len(raw.action) == 1 and not len(episode):
             log.warning("%s: left out: its only action failed, and no frame shows what came of it", where)
             continue
-        yield check(episode, about.spec, where)
+        episode = check(episode, about.spec, where)
+        successes.append(episode.success)
+        yield episode
+    if geometry and geometry.success == "done" and len(successes) > 1 and all(successes):
+        log.warning(
+            "%s: all %d episodes succeed, by their done flags: if those only mark where recordings end, as LeRobot's "
+            'next.done usually does, failures are among them; then say success.from = "reward"',
+            path,
+            len(successes),
+        )
 
 
 def write_dataset(path: Path, kind: str, episodes: Iterable[Episode], about: About) -> None:

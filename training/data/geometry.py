@@ -1,6 +1,7 @@
 """What the numbers of somebody else's dataset mean, and how they become the contract's."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class Geometry:
         action, view = _numbers("action", raw.action), self.spec.observation
         metres = self.depth_slope * depth + self.depth_offset_m
         if self.depth_missing is not None:
-            missing = float(np.asarray(self.depth_missing).astype(raw.depth.dtype))  # 65.535 is another in float32
+            missing = _held(self.depth_missing, raw.depth.dtype)
             metres[(depth == missing) | (np.isnan(depth) & np.isnan(missing))] = view.depth_min_m
         opened = (gripper - self.gripper_zero) / (self.gripper_one - self.gripper_zero)
         episode = Episode(
@@ -77,6 +78,8 @@ class Geometry:
             success = bool(len(reward) and reward[-1] > 0)
         else:
             done = needed.reshape(-1).astype(bool)
+            if self.success == "done" and len(done) != len(episode):  # a shorter one would cut the episode
+                raise Rejected("done", f"length {len(episode)}, one per action", str(len(done)))
             success = self.success == "all" or bool(done.any())
             if self.success == "done" and success and (end := int(np.argmax(done)) + 1) < len(episode):
                 # robomimic goes on recording what is done already; how that ended is no matter
@@ -86,6 +89,17 @@ class Geometry:
         terminated = success if raw.terminated is None else raw.terminated
         truncated = not terminated if raw.truncated is None else raw.truncated
         return replace(episode, reward=reward, terminated=terminated, truncated=truncated)
+
+
+def _held(missing: float, dtype: np.dtype[Any]) -> float:
+    """`missing` as an array of `dtype` has it: 65.535 is another number in float32. Raises Rejected where integers
+    cannot have it: it would wrap around to a depth that was measured."""
+    if np.issubdtype(dtype, np.integer):
+        bounds = np.iinfo(dtype)
+        if not (bounds.min <= missing <= bounds.max and missing == int(missing)):
+            remedy = "correct it in the geometry file, or leave it out"
+            raise Rejected("depth.missing", f"a value that the source's {dtype} can hold", str(missing), remedy)
+    return float(np.asarray(missing).astype(dtype))
 
 
 def _rounded(values: Array, low: float, high: float) -> Array:

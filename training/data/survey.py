@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from protos.spaces import Kind, PolicySpec
+from protos.spaces import GripperState, Kind, PolicySpec
 from sim_client.episodes import Episode
 
 SECTORS = 8
@@ -46,6 +46,7 @@ class Survey:
     paid_early: list[int] = field(default_factory=list)
     pixels: int = 0
     holes: int = 0
+    gripper_low: float = 1.0
     gripper_high: float = 0.0
     any_motion: bool = False
     depth_low_m: float = np.inf
@@ -76,6 +77,7 @@ class Survey:
         self.successes.append(episode.success)
         self.behaviors[episode.behavior] += 1
         self.behavior_successes[episode.behavior] += episode.success
+        self.gripper_low = min(self.gripper_low, float(episode.gripper.min()))
         self.gripper_high = max(self.gripper_high, float(episode.gripper.max()))
         self.depth_low_m = min(self.depth_low_m, float(episode.depth.min()))
         self.depth_high_m = max(self.depth_high_m, float(episode.depth.max()))
@@ -128,7 +130,10 @@ class Survey:
             )
         if not any(self.successes):
             said.append("no episode succeeds: behaviour cloning has nothing to imitate, and no reward to learn from")
-        if self.gripper_high < 1:
+        if self.spec.observation.gripper is GripperState.OPEN_RATIO:  # 1 is wide open: many never are
+            if self.gripper_low == self.gripper_high:
+                said.append(f"the gripper's opening never changes (always {self.gripper_high:g}): is it recorded?")
+        elif self.gripper_high < 1:
             said.append(
                 f"the gripper's state never reaches 1 (at most {self.gripper_high:g}): does it ever hold something?"
             )

@@ -14,8 +14,8 @@ import pytest
 
 from protos.errors import Rejected
 from protos.spaces import ACTION, ObservationSpec, PolicySpec
-from tests.training.data.makers import ABOUT, SPEC, episode, minari, npz_arrays
-from training.data.__main__ import BROKEN, main
+from tests.training.data.makers import ABOUT, REPOSITORY, SPEC, episode, minari, npz_arrays
+from training.data.__main__ import BROKEN, REFUSED, main
 from training.data.convert import write_dataset
 from training.data.dataset import load
 
@@ -113,6 +113,8 @@ MINARI: dict[str, tuple[Breaker, str]] = {
     "half a contract": (metadata(lambda told: told.update(contract='{"observation": {}}')), "metadata.contract"),
     "another digest": (metadata(lambda told: told.update(contract_digest="0" * 64)), "metadata.contract_digest"),
     "notes that are no JSON": (metadata(lambda told: told.update(notes="{")), "metadata.notes: expected JSON"),
+    "notes that are no text": (metadata(lambda told: told.update(notes={})), "metadata.notes: expected JSON"),
+    "notes that are a list": (metadata(lambda told: told.update(notes="[1]")), "metadata.notes: expected JSON"),
     "a task without a name": (metadata(lambda told: told.update(task="")), "metadata.task: expected printable text"),
     "metadata of fewer episodes": (metadata(lambda told: told.update(total_episodes=2)), "total_episodes: expected 4"),
     "metadata of more episodes": (metadata(lambda told: told.update(total_episodes=9)), "total_episodes: expected 4"),
@@ -192,7 +194,6 @@ NPZ: dict[str, tuple[Breaker, str]] = {
     "no bytes": (lambda path: path.write_bytes(b""), "expected an undamaged .npz"),
     "cut short": (lambda path: (arrays()(path), path.write_bytes(path.read_bytes()[:2000]))[0], "undamaged .npz"),
     "pickled": (arrays(behavior=np.array([{}, {}, {}], object)), "save arrays of numbers and text, never objects"),
-    "no contract": (arrays(contract=None), "contract: expected a contract in the file"),
     "half a contract": (arrays(contract=np.array("{}")), "contract"),
     "another digest": (arrays(contract_digest=np.array("0" * 64)), "contract_digest"),
     "no lengths": (arrays(episode_lengths=None), "episode_lengths: expected the number of actions"),
@@ -242,6 +243,17 @@ def nan_depth(file: Any) -> None:
     file["data/demo_1/obs/depth"][2, 0, 0, 0] = np.nan
 
 
+def shortened(name: str) -> Breaker:
+    """Demonstration 1 lacks the last of what `name` holds."""
+
+    def change(file: Any) -> None:
+        values = file[f"data/demo_1/{name}"][:-1]
+        del file[f"data/demo_1/{name}"]
+        file[f"data/demo_1/{name}"] = values
+
+    return robomimic(change)
+
+
 def nameless(file: Any) -> None:
     told = json.loads(file["data"].attrs["about"])
     file["data"].attrs["about"] = json.dumps(told | {"task": ""})
@@ -256,10 +268,6 @@ ROBOMIMIC: dict[str, tuple[Breaker, str]] = {
         "data: expected the group",
     ),
     "no demonstrations": (robomimic(lambda file: file["data"].clear()), "data: expected at least one demonstration"),
-    "no contract": (
-        robomimic(lambda file: file["data"].attrs.__delitem__("contract")),
-        "contract: expected a contract",
-    ),
     "a task without a name": (robomimic(nameless), "task: expected printable text"),
     "no observations": (without("data/demo_1/obs"), "episode 1, obs: expected in /data/demo_1"),
     "no depth": (without("data/demo_1/obs/depth"), "episode 1, obs/depth: expected in /data/demo_1"),
@@ -269,6 +277,9 @@ ROBOMIMIC: dict[str, tuple[Breaker, str]] = {
         robomimic(lambda file: file["data/demo_1"].attrs.update(num_samples=9)),
         "episode 1, num_samples: expected 3",
     ),
+    "a done too few": (shortened("dones"), "episode 1, dones: expected length 3, one per action"),
+    "a next frame too few": (shortened("next_obs/depth"), "episode 1, next_obs/depth: expected length 3"),
+    "a next gripper too few": (shortened("next_obs/gripper"), "episode 1, next_obs/gripper: expected length 3"),
     "NaN depth": (robomimic(nan_depth), "episode 1, step 2, depth: expected finite"),
 }
 
@@ -307,12 +318,25 @@ def as_video(path: Path) -> None:
     info(features=features)(path)
 
 
+def without_dtype(path: Path) -> None:
+    features = json.loads((path / "meta/info.json").read_text())["features"]
+    del features["observation.gripper"]["dtype"]
+    info(features=features)(path)
+
+
+def of_two_tasks(table: pa.Table) -> pa.Table:
+    second = pa.array([min(index, 1) for index in table.column("episode_index").to_pylist()])
+    return table.set_column(table.column_names.index("task_index"), "task_index", second)
+
+
 LEROBOT: dict[str, tuple[Breaker, str]] = {
     "info that is no JSON": (lambda path: (path / "meta/info.json").write_text("{"), "a LeRobotDataset's metadata"),
     "another version": (info(codebase_version="v1.6"), "codebase_version: expected v3.0 or v2.1"),
     "no depth feature": (info(features={}), "observation.depth: expected a feature"),
+    "no features": (info(features=None), "a LeRobotDataset's metadata"),
+    "a feature of no type": (without_dtype, "meta/info.json, observation.gripper: expected a feature with its dtype"),
+    "two tasks": (rows(of_two_tasks), "episode 1, task_index: expected one task in all episodes, got [0, 1]"),
     "lossy video": (as_video, "lossy video is no depth in metres"),
-    "no contract": (lambda path: (path / "meta/equiserve.json").unlink(), "contract: expected a contract"),
     "no rows": (lambda path: shutil.rmtree(path / "data"), "episode 0, data: expected parquet files"),
     "an episode missing": (rows(lambda table: table.slice(0, 5)), "total_episodes: expected 4"),
     "a row missing": (rows(lambda table: table.slice(1)), "episode 0, frame_index: expected 0, 1, 2"),
@@ -346,3 +370,41 @@ def test_another_contract_than_asked_for_is_named_field_by_field(
     assert "observation.row_axis.0=1" in said
     (tmp_path / "same.json").write_text(SPEC.to_json())
     assert main(["validate", str(good["minari"]), "--contract", str(tmp_path / "same.json")]) == 0
+
+
+def unsaid(kind: str, path: Path) -> None:
+    """What the numbers at `path` mean is told no more."""
+    if kind == "npz":
+        arrays(contract=None)(path)
+    elif kind == "robomimic":
+        robomimic(lambda file: file["data"].attrs.__delitem__("contract"))(path)
+    else:
+        (path / "meta/equiserve.json").unlink()
+
+
+def copied(kind: str, good: dict[str, Path], folder: Path) -> Path:
+    if kind == "npz":
+        arrays()(folder / "set.npz")
+        return folder / "set.npz"
+    copy = shutil.copy if good[kind].is_file() else shutil.copytree
+    return Path(copy(good[kind], folder / good[kind].name))
+
+
+@pytest.mark.parametrize("kind", ["npz", "robomimic", "lerobot"])
+def test_data_that_want_a_geometry_are_not_broken(
+    kind: str, good: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copied(kind, good, tmp_path)
+    unsaid(kind, path)
+    assert main(["validate", str(path)]) == REFUSED
+    assert f"refused: {path}, contract: expected a contract in the file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["minari", "npz", "robomimic", "lerobot"])
+def test_data_that_want_no_geometry_are_not_broken_by_one(
+    kind: str, good: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, geometry = copied(kind, good, tmp_path), tmp_path / "camera.toml"
+    geometry.write_text((REPOSITORY / "docs/camera.toml").read_text().replace("# depth =", "depth ="))  # "birdview_..."
+    assert main(["validate", str(path), "--geometry", str(geometry)]) == REFUSED
+    assert f"refused: --geometry: expected nothing: {path} carries its contract" in capsys.readouterr().err

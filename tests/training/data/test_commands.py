@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from protos.spaces import SPEC as DEFAULT_SPEC
+from protos.spaces import GripperState
 from sim_client import store
 from sim_client.episodes import Episode
 from tests.training.data.makers import ABOUT, REPOSITORY, SPEC, assert_same, episode, minari
@@ -111,6 +112,18 @@ def test_validate_warns_of_what_is_legal_but_suspicious(
     store.write(tmp_path / "set", [suspicious(change)], ABOUT)
     assert main(["validate", str(tmp_path / "set")]) == 0
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("opening", "warned"),
+    [([0.0, 0.4], False), ([0.4, 0.4], True), ([1.0, 1.0], True)],
+    ids=["half open", "never moves", "wide open"],
+)
+def test_an_open_ratio_is_suspicious_where_it_never_changes(opening: list[float], warned: bool) -> None:
+    spec = replace(SPEC, observation=replace(SPEC.observation, gripper=GripperState.OPEN_RATIO))
+    one = replace(episode(0), gripper=np.resize(np.float32(opening), (3, 1)))
+    told = [warning for warning in Survey.of(spec, [one]).warnings() if "gripper" in warning]
+    assert told == ([f"the gripper's opening never changes (always {opening[0]:g}): is it recorded?"] if warned else [])
 
 
 def test_inspect_tells_counts_distributions_coverage_and_bytes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,11 +230,29 @@ def test_split_divides_whole_episodes_evenly_and_the_same_way_again(path: Path, 
     }
 
 
-@pytest.mark.parametrize("arguments", [["--share", "1.0"], ["--share", "0.01"]])
-def test_a_split_with_an_empty_part_is_refused(arguments: list[str], path: Path, tmp_path: Path) -> None:
+def test_a_split_by_no_share_is_refused(path: Path, tmp_path: Path) -> None:
     outputs = ["--output-a", str(tmp_path / "a"), "--output-b", str(tmp_path / "b")]
-    assert main(["split", str(path), *arguments, *outputs]) == 2
+    assert main(["split", str(path), "--share", "1.0", *outputs]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("share", "count"), [("0.9", 2), ("0.1", 2), ("0.9", 1)])
+def test_a_split_with_an_empty_part_is_refused(share: str, count: int, tmp_path: Path) -> None:
+    """Of a single success and a single failure neither can be divided."""
+    few, outputs = (
+        minari(tmp_path / "few", count),
+        ["--output-a", str(tmp_path / "a"), "--output-b", str(tmp_path / "b")],
+    )
+    assert main(["split", str(few), "--share", share, *outputs]) == 2
+    assert list(tmp_path.iterdir()) == [few]
+
+
+@pytest.mark.parametrize("outcomes", [[True] * 2, [False] * 4, [True] * 2 + [False] * 2])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.9, 0.99])
+def test_few_episodes_are_divided_where_there_are_two_of_a_kind(outcomes: list[bool], share: float) -> None:
+    first = draw(outcomes, share, 0)
+    assert {outcome for outcome, chosen in zip(outcomes, first, strict=True) if chosen} == set(outcomes)
+    assert {outcome for outcome, chosen in zip(outcomes, first, strict=True) if not chosen} == set(outcomes)
 
 
 def test_few_successes_are_not_all_on_one_side() -> None:

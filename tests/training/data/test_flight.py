@@ -162,6 +162,8 @@ def test_episodes_without_a_label_are_refused_by_their_ids(tape: Tape, capsys: p
     told = "success: expected a label, got none for 2 of 3: b, c; import it with --labels FILE"
     assert told in capsys.readouterr().err
     assert not (tape.folder / "set").exists()
+    assert main(["validate", str(tape.folder)]) == 2  # nothing is broken
+    assert f"refused: {tape.folder}, {told}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -222,6 +224,7 @@ def test_policies_of_two_tasks_are_not_mixed(tape: Tape, capsys: pytest.CaptureF
     arguments = ["import", str(tape.folder), "--output", str(tape.folder.parent / "set")]
     assert main(arguments) == 2
     assert "choose when you import it: --policy NAME" in capsys.readouterr().err
+    assert main(["validate", str(tape.folder)]) == 2  # nothing is broken
     assert main([*arguments, "--policy", "other"]) == 0
     assert lengths(tape) == [(5, True)]
 

@@ -168,6 +168,18 @@ def test_the_first_done_ends_an_episode_when_done_tells_success(tmp_path: Path) 
         assert len(read.depth) == 5
 
 
+@pytest.mark.parametrize(("source", "warned"), [("done", True), ("reward", False)])
+def test_success_of_all_by_their_done_flags_is_suspicious(source: str, warned: bool, tmp_path: Path, caplog) -> None:
+    """LeRobot's `next.done` marks an episode's last frame, whatever came of it."""
+    path, geometry_file = lerobot_v21(tmp_path / "lab"), tmp_path / "camera.toml"
+    for file in (path / "data/chunk-000").iterdir():
+        table = pq.read_table(file)
+        pq.write_table(table.append_column("next.done", pa.array([False, False, False, True])), file)
+    geometry_file.write_text(CAMERA.read_text().replace('from = "reward"', f'from = "{source}"'))
+    assert len(list(open_dataset(path, geometry=read_geometry(geometry_file))[1])) == 2
+    assert ("all 2 episodes succeed, by their done flags" in caplog.text) is warned
+
+
 def test_lerobot_finds_the_layout_it_expects(tmp_path: Path) -> None:
     path = tmp_path / "out"
     write_dataset(path, "lerobot", (episode(i) for i in range(3)), ABOUT)

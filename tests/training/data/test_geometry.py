@@ -222,6 +222,13 @@ def test_the_first_done_is_the_end_however_the_recording_ended(tmp_path: Path) -
     assert (len(ended), ended.terminated, ended.truncated) == (5, False, True)
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_as_many_dones_as_actions_are_needed_to_end_one(tmp_path: Path, length: int) -> None:
+    geometry = parse(tmp_path, ("success.from", 'from = "done"'))
+    with pytest.raises(Rejected, match=f"done: expected length 3, one per action, got {length}"):
+        geometry.episode(replace(raw(3), done=np.ones(length)))
+
+
 @pytest.mark.parametrize("missing", [0, 65535, math.nan])
 def test_pixels_that_were_not_measured_are_nearest_whatever_the_offset(tmp_path: Path, missing: float) -> None:
     """As in the simulator: else a hole would be a thing, or ground, or beyond the range, by chance."""
@@ -231,6 +238,14 @@ def test_pixels_that_were_not_measured_are_nearest_whatever_the_offset(tmp_path:
     converted = parse(tmp_path, *edits).episode(raw(3, depth=depth)).depth
     assert converted[1, 3, 4] == 0
     assert np.isclose(np.sort(converted.ravel())[1:], 0.25).all()
+
+
+@pytest.mark.parametrize("missing", [65836, 65.535, -1, math.nan, math.inf])
+def test_a_missing_value_that_the_source_cannot_hold_erases_no_depth(tmp_path: Path, missing: float) -> None:
+    depth = np.resize(np.array([0, 65, 300, 65535], np.uint16), (4, 64, 64))  # what each would wrap around to
+    geometry = parse(tmp_path, ("depth.missing", f"missing = {missing}"))
+    with pytest.raises(Rejected, match=r"depth.missing: expected a value that the source's uint16 can hold, got"):
+        geometry.episode(raw(3, depth=depth))
 
 
 def test_absent_components_are_zero(tmp_path: Path) -> None:

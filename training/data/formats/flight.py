@@ -19,7 +19,7 @@ from protos.spaces import PolicySpec
 from serving.flight import files_of
 from serving.flight import read as entries_of
 from sim_client.store import About
-from training.data.formats.raw import Array, Raw, Source, about_from_json
+from training.data.formats.raw import Array, Misused, Raw, Source, about_from_json
 
 SUCCESS_OF = {
     pb.EndEpisodeRequest.OUTCOME_SUCCESS: True,
@@ -71,7 +71,7 @@ def read(path: Path, choice: Choice) -> Source:
         values = {getattr(info, name): info.name for info in known}
         if len(values) > 1:
             got = ", ".join(f"{value[:32]} of {policy}" for value, policy in values.items())
-            raise Rejected(f"{path}, {name}", "one in all episodes", got, "choose when you import it: --policy NAME")
+            raise Misused(f"{path}, {name}", "one in all episodes", got, "choose when you import it: --policy NAME")
     notes = {"recording": [file.name for file in files], "left_out": dict(left_out)}
     plain = about_from_json(known[0].contract, known[0].contract_digest, None, str(path))
     about = About(
@@ -181,7 +181,7 @@ def _choose(path: Path, found: _Found, choice: Choice) -> tuple[dict[str, _Chose
         got = f"none for {len(unlabelled)} of {len(found.episodes)}: {', '.join(unlabelled[:SHOWN_IDS])}"
         labels = f"--labels FILE with a line {unlabelled[0]} = true or false for each"
         remedy = f"import it with {labels}, or --unlabelled skip or failure"
-        raise Rejected(f"{path}, success", "a label", got + (f" and {more} more" if more > 0 else ""), remedy)
+        raise Misused(f"{path}, success", "a label", got + (f" and {more} more" if more > 0 else ""), remedy)
     if not chosen:
         got = ", ".join(f"{count} {what}" for what, count in left_out.items() if count) or "none"
         raise Rejected(str(path), "at least one episode", got, "episodes begin with StartEpisode")

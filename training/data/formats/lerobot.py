@@ -40,9 +40,9 @@ def read(path: Path, names: Mapping[str, str]) -> Source:
     """The dataset in the directory `path`. Raises Rejected naming the feature that is missing or cannot be read."""
     try:
         info = json.loads((path / "meta/info.json").read_text())
-        told, version = info["features"], str(info["codebase_version"])
+        told, version = dict(info["features"]), str(info["codebase_version"])
         about = _about(path)
-        ours = _our_columns(path) if about else {}
+        ours, names = (_our_columns(path), NAMES) if about else ({}, names)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Rejected(f"{path}/meta", "a LeRobotDataset's metadata", f"{type(error).__name__}: {error}") from error
     if version not in ("v3.0", "v2.1"):
@@ -50,7 +50,10 @@ def read(path: Path, names: Mapping[str, str]) -> Source:
     for name in ("depth", "gripper", "action"):
         if names[name] not in told:
             raise Rejected(f"{path}, {names[name]}", "a feature of the dataset", f"only {sorted(told)}")
-        if told[names[name]]["dtype"] == "video":
+        feature = told[names[name]]
+        if not isinstance(feature, dict) or "dtype" not in feature:
+            raise Rejected(f"{path}/meta/info.json, {names[name]}", "a feature with its dtype", str(feature))
+        if feature["dtype"] == "video":
             remedy = "lossy video is no depth in metres: record depth as an array or as 16-bit images"
             raise Rejected(f"{path}, {names[name]}", "an array or an image", "video", remedy)
     return Source(about, _checked(path, names, info, ours))
@@ -77,9 +80,13 @@ def _our_columns(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def _checked(path: Path, names: Mapping[str, str], info: dict[str, Any], ours: dict[int, Any]) -> Iterator[Raw]:
-    count = 0
+    count, tasks = 0, set[int]()
     try:
         for table in _tables(path):
+            tasks |= _tasks_of(table)
+            if len(tasks) > 1:
+                remedy = "a policy learns one task: divide the dataset by task, and import the part that you mean"
+                raise Rejected("task_index", "one task in all episodes", str(sorted(tasks)), remedy)
             yield _raw(table, names, ours.get(table.column("episode_index")[0].as_py()))
             count += 1
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
@@ -110,6 +117,12 @@ def _tables(path: Path) -> Iterator[pa.Table]:
                 pending = pending.slice(starts[-1])
     if pending is not None and len(pending):
         yield pending
+
+
+def _tasks_of(table: pa.Table) -> set[int]:
+    if "task_index" not in table.column_names:
+        return set()
+    return set(np.unique(numpy_of(table.column("task_index"))).tolist())
 
 
 def _raw(table: pa.Table, names: Mapping[str, str], ours: dict[str, Any] | None) -> Raw:

@@ -31,6 +31,7 @@ def read(path: Path, names: Mapping[str, str]) -> Source:
     if "contract" in arrays:
         about = about_from_json(_text(arrays["contract"]), *_own_words(arrays), str(path))
     lengths = _lengths(path, arrays)
+    names = NAMES if about else names
     _require_lengths(path, arrays, names, lengths)
     return Source(about, _episodes(arrays, names, lengths))
 

@@ -42,6 +42,10 @@ class Raw:
     rgb: Array | None = None
 
 
+class Misused(Rejected):
+    """What a command's options say, or leave out, does not suit the data; the data themselves may be good."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A file that is being read: what it says of itself, if it is ours, and its episodes."""

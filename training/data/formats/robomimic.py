@@ -74,11 +74,18 @@ def _demo(group: Any, names: Mapping[str, str], ours: bool) -> Raw:
     def frames(name: str) -> Array:
         before = group[f"obs/{names[name]}"][()]
         after = group.get(f"next_obs/{names[name]}")
-        return before if after is None else np.concatenate([before, after[-1:]])
+        if after is None:
+            return before
+        if len(after) != len(before):  # its last frame would be of another step
+            raise Rejected(f"next_obs/{names[name]}", f"length {len(before)}, as obs has", str(len(after)))
+        return np.concatenate([before, after[-1:]])
 
     def flag(name: str) -> bool | None:
         return bool(group.attrs[name]) if name in group.attrs else None
 
+    done = group[names["done"]][()] if names["done"] in group else None
+    if done is not None and len(done) != len(action):
+        raise Rejected(names["done"], f"length {len(action)}, one per action", str(len(done)))
     depth = frames("depth")
     seed = group.attrs.get("seed")
     return Raw(
@@ -86,7 +93,7 @@ def _demo(group: Any, names: Mapping[str, str], ours: bool) -> Raw:
         gripper=frames("gripper"),
         action=action,
         reward=group[names["reward"]][()] if names["reward"] in group else None,
-        done=group[names["done"]][()] if names["done"] in group else None,
+        done=done,
         terminated=flag("terminated"),
         truncated=flag("truncated"),
         seed=None if seed is None else int(seed),

@@ -329,8 +329,11 @@ def test_an_existing_dataset_is_not_overwritten(tmp_path: Path, monkeypatch, cap
         ({"episodes": 1, "behavior": "clever"}, "no behaviour"),
         ({"episodes": 1, "behavior": "mixed:expert=0.5,random=0.2"}, "sum to 1"),
         ({"episodes": 1, "behavior": "mixed:expert=half"}, "mixed:expert="),
-        ({"episodes": 1, "behavior": "noisy"}, "one of --noise"),
-        ({"episodes": 1, "noise": 0.3}, "one of --noise"),
+        ({"episodes": 1, "behavior": "noisy"}, "noisy takes one of --noise"),
+        ({"episodes": 1, "behavior": "noisy", "noise": 0.3, "target_success": 0.4}, "noisy takes one of --noise"),
+        ({"episodes": 1, "noise": 0.3}, "expert takes neither --noise nor --target-success"),
+        ({"episodes": 1, "target_success": 0.4}, "expert takes neither"),
+        ({"episodes": 1, "noise": 0.3, "target_success": 0.4}, "expert takes neither"),
         ({"episodes": 1, "behavior": "noisy", "target_success": 1.2}, "between 0 and 1"),
     ],
 )

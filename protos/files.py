@@ -29,8 +29,7 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, owner: tuple
         OSError: when the directory cannot be written or the disk is full; the old file, if any, is untouched. And where
             there is a device, a pipe or a folder, which could only be replaced.
     """
-    if path.exists() and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "is no file, and would be replaced by one", str(path))
+    _require_file(path)
     path = _led_to(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -46,6 +45,26 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, owner: tuple
     except BaseException:
         Path(scratch).unlink(missing_ok=True)
         raise
+
+
+def require_writable(path: Path) -> None:
+    """Ask before work whose result `write_atomically` shall write to `path`. Nothing is made there.
+
+    Raises OSError, with `path` in it, where that could not be done.
+    """
+    try:
+        _require_file(path)
+        folder = _led_to(path).parent
+        while not folder.exists():
+            folder = folder.parent
+        tempfile.TemporaryFile(dir=folder).close()  # permissions alone do not tell: root has them in /proc as well
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _require_file(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "is no file, and would be replaced by one", str(path))
 
 
 def remove_unfinished(path: Path) -> None:

@@ -236,7 +236,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except (OSError, BrokenProcessPool, KeyboardInterrupt) as error:
-        print(f"stopped: {str(error) or 'interrupted'}; the same command goes on from here", file=sys.stderr)
+        further = "; the same command goes on from here" if Partial.left_of(config.output) else ""
+        print(f"stopped: {str(error) or 'interrupted'}{further}", file=sys.stderr)
         return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     print(
         f"{config.output}: {done.episodes} episodes, {done.transitions} transitions, {done.successes} successful, "

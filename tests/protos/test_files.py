@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from protos.files import SPARE_BYTES, remove_unfinished, require_room, whole, write_atomically
+from protos.files import SPARE_BYTES, remove_unfinished, require_room, require_writable, whole, write_atomically
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -51,6 +51,29 @@ def test_what_was_left_unfinished_goes_whatever_the_name(tmp_path):
     scratch.touch()
     remove_unfinished(tmp_path / "run[1].onnx")
     assert not scratch.exists()
+
+
+@pytest.mark.parametrize("name", ["new", "file", "link", "there/new", "nowhere/yet/new"])
+def test_what_can_be_written_may_be_asked_for_and_nothing_is_made_by_that(name, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to("nowhere/else")
+    before = sorted(tmp_path.rglob("*"))
+    require_writable(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == "precious"
+    write_atomically(tmp_path / name, b"content")
+
+
+@pytest.mark.parametrize("name", ["there", "file/new", "/proc/new", "/proc/nowhere/new"])
+def test_what_cannot_be_written_is_told_by_its_name(name, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
+    for ask in (require_writable, lambda path: write_atomically(path, b"")):
+        with pytest.raises(OSError, match=r"no file|[Nn]o such file|Not a directory|File exists"):
+            ask(tmp_path / name)
+    with pytest.raises(OSError, match=f"'{tmp_path / name}'"):
+        require_writable(tmp_path / name)
 
 
 @pytest.fixture

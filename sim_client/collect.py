@@ -86,8 +86,11 @@ class Collect:
         if self.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {self.workers}")
         is_noisy = any(behavior.kind == "noisy" for behavior in parse(self.behavior))
-        if is_noisy != ((self.noise is None) != (self.target_success is None)):
-            raise ValueError("a noisy behaviour, and no other, takes one of --noise X and --target-success SHARE")
+        given = [value for value in (self.noise, self.target_success) if value is not None]
+        if len(given) != int(is_noisy):
+            neither = "neither --noise nor --target-success, which belong to a noisy behaviour"
+            takes = "one of --noise X and --target-success SHARE" if is_noisy else neither
+            raise ValueError(f"--behavior {self.behavior} takes {takes}")
         if self.noise is not None and not 0 <= self.noise < math.inf:
             raise ValueError(f"--noise must be finite and not negative, got {self.noise}")
         if self.target_success is not None and not 0 < self.target_success < 1:
@@ -233,7 +236,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except (OSError, BrokenProcessPool, KeyboardInterrupt) as error:
-        print(f"stopped: {str(error) or 'interrupted'}; the same command goes on from here", file=sys.stderr)
+        further = "; the same command goes on from here" if Partial.left_of(config.output) else ""
+        print(f"stopped: {str(error) or 'interrupted'}{further}", file=sys.stderr)
         return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     print(
         f"{config.output}: {done.episodes} episodes, {done.transitions} transitions, {done.successes} successful, "

@@ -45,6 +45,11 @@ class Episode:
     def __len__(self) -> int:
         return len(self.action)
 
+    @property
+    def nbytes(self) -> int:
+        """Of its arrays."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
+
     def cut(self, length: int) -> "Episode":
         """At most the first `length` steps; an episode that loses its end was truncated, not terminated."""
         if len(self) <= length:

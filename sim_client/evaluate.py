@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from protos.errors import Rejected
-from protos.files import write_atomically
+from protos.files import require_writable, write_atomically
 from protos.spaces import Pose
 from serving.client import Connection, PolicyClient, PolicyError
 from sim_client import TaskName
@@ -201,6 +201,11 @@ def main() -> int:
     config = tyro.cli(Evaluate, prog="python -m sim_client.evaluate", description=Evaluate.__doc__)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, the server is told that the episode ends
     try:
+        if config.report:
+            require_writable(config.report)
+    except OSError as error:
+        return _no_report(config, error)
+    try:
         report = evaluate(config)
     except KeyboardInterrupt as interrupted:
         print(str(interrupted) or "interrupted", file=sys.stderr)
@@ -219,12 +224,16 @@ def main() -> int:
         try:
             write_atomically(config.report, (json.dumps(report, indent=2) + "\n").encode())
         except OSError as error:
-            print(f"--report {config.report}: {error.strerror}", file=sys.stderr)
-            return 2
+            return _no_report(config, error)
     if config.min_success is not None and report["success_rate"] < config.min_success:
         print(f"below --min-success {config.min_success:.1%}", file=sys.stderr)
         return 1
     return 0
+
+
+def _no_report(config: Evaluate, error: OSError) -> int:
+    print(f"--report {config.report}: {error.strerror}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

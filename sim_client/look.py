@@ -2,6 +2,7 @@
 
 import io
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import matplotlib
 import tyro
 from matplotlib.figure import Figure
 
-from protos.files import write_atomically
+from protos.files import require_writable, write_atomically
 from protos.spaces import SPEC
 from sim_client import ENV_IDS, TaskName
 from sim_client.world import unwrapped
@@ -26,7 +27,7 @@ class Look:
     """Draw one scene at four turns: the rendered frame, the depth view and the expert's (dx, dy) as an arrow.
 
     Turned counter-clockwise seen from above, everything in the depth view, the arrow included, must turn
-    counter-clockwise by the same angle.
+    counter-clockwise by the same angle. Exit code 0, or 2 when there can be no such picture.
 
     Example: python -m sim_client.look --output docs/images/turned.png
     """
@@ -39,6 +40,11 @@ class Look:
     """Of the scene."""
     steps: int = 0
     """Let the expert act this many steps first."""
+
+    def __post_init__(self) -> None:
+        known = sorted(Figure().canvas.get_supported_filetypes())
+        if self.output.suffix and self.output.suffix[1:].lower() not in known:
+            raise ValueError(f"--output {self.output}: a picture's name ends in one of {', '.join(known)}")
 
 
 def draw(config: Look) -> None:
@@ -72,11 +78,17 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main() -> int:
     config = tyro.cli(Look, prog="python -m sim_client.look", description=Look.__doc__)
-    draw(config)
+    try:
+        require_writable(config.output)
+        draw(config)
+    except OSError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 2
     print(config.output)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

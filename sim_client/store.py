@@ -2,11 +2,7 @@
 
 import errno
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +13,15 @@ from gymnasium.error import Error as GymError
 from gymnasium.spaces import Box, Dict
 
 from protos.errors import Rejected
+from protos.files import require_room, whole
 from protos.spaces import ActionSpec, ObservationSpec, PolicySpec
 from sim_client.episodes import Episode, check
 
 UNREADABLE = frozenset((errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EMFILE, errno.ENFILE))
 COMPRESS_FROM_BYTES = 1024
 """Arrays with larger frames are compressed, a frame to a chunk."""
+MOST_RAW = 2
+"""How often an episode's bytes Minari may write: it leaves the choice of chunks to HDF5, which fills up the last."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +58,10 @@ def write(path: Path, episodes: Iterable[Episode], about: About) -> None:
         Rejected: naming the episode, step and field that do not fit `about.spec`.
         OSError: the disk is full, or will be, or is not ours to write on; `path` is not made.
     """
-    if path.exists():
-        raise FileExistsError(f"{path} exists already: choose another place or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent.resolve(), prefix=f".{path.name}.") as scratch:
-        whole = Path(scratch) / "dataset"
-        (whole / "data").mkdir(parents=True)
-        _write_minari(whole / "data", episodes, about)
-        _compress(whole / "data" / "main_data.hdf5")
-        whole.chmod(0o755)  # mkdtemp's own are private
-        for written in (*(whole / "data").iterdir(), whole / "data", whole):
-            _sync(written)  # who wrote the episodes elsewhere before removes them there next
-        whole.rename(path)
-        with suppress(OSError):  # it is there, whatever became of its name's safety
-            _sync(path.parent)
+    with whole(path) as made:
+        (made / "data").mkdir(parents=True)
+        _write_minari(made / "data", episodes, about)
+        _compress(made / "data" / "main_data.hdf5")
 
 
 def _write_minari(folder: Path, episodes: Iterable[Episode], about: About) -> None:
@@ -85,6 +74,7 @@ def _write_minari(folder: Path, episodes: Iterable[Episode], about: About) -> No
     first = next(remaining, None)
     if first is None:
         raise Rejected(about.dataset_id, "at least one episode", "none")
+    require_room(folder, MOST_RAW * first.nbytes, "write episode 0")  # before HDF5 begins its file
     storage = MinariStorage.new(
         folder,
         observation_space=observation_space(about.spec.observation, rgb=first.rgb is not None),
@@ -118,6 +108,7 @@ def _write_minari(folder: Path, episodes: Iterable[Episode], about: About) -> No
             episode = check(given, about.spec, f"episode {index}")
             if (episode.rgb is None) != (first.rgb is None):
                 raise Rejected(f"episode {index}, rgb", "in every episode or in none", "in some")
+            require_room(folder, MOST_RAW * episode.nbytes, f"write episode {index}")
             behaviors.append(episode.behavior)
             frames: dict[str, Any] = {"depth": episode.depth, "gripper": episode.gripper}
             if episode.rgb is not None:
@@ -160,10 +151,8 @@ def action_space(spec: ActionSpec) -> Box:
 
 def _compress(path: Path) -> None:
     """Rewrite an HDF5 file with its images compressed without loss. Minari itself writes them raw."""
-    packed, needed = path.with_suffix(".packed"), path.stat().st_size
-    if (room := shutil.disk_usage(path.parent).free) < needed:  # HDF5 does not survive a disk that fills up meanwhile
-        told = f"{needed / 2**20:.0f} MiB are needed to compress the data, {room / 2**20:.0f} are free"
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {told}", str(path.parent))
+    packed = path.with_suffix(".packed")
+    require_room(path.parent, path.stat().st_size, "compress the data")
     with h5py.File(path, "r") as source, h5py.File(packed, "w", track_order=True) as target:
 
         def copy(name: str, node: Any) -> None:
@@ -181,14 +170,6 @@ def _compress(path: Path) -> None:
         source.visititems(copy)
         target.attrs.update(source.attrs)
     packed.replace(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_about(path: Path) -> About:

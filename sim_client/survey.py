@@ -4,6 +4,7 @@ import importlib
 import inspect
 import math
 import multiprocessing
+import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +18,7 @@ import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from protos.files import write_atomically
+from protos.files import require_writable, write_atomically
 from sim_client import ENV_IDS, MAX_STEPS, TaskName
 from sim_client.env import Obs
 from sim_client.interval import wilson
@@ -36,7 +37,8 @@ PICTURED_SEED, PICTURED_STEPS = 3, (0, 3)
 
 @dataclass(frozen=True)
 class Survey:
-    """Run every task's expert and write a page with pictures, success rates and speeds.
+    """Run every task's expert and write a page with pictures, success rates and speeds. Exit code 0, or 2 when they
+    cannot be written.
 
     Example: python -m sim_client.survey --episodes 500 --output docs/tasks.md
     """
@@ -170,18 +172,32 @@ def _about(task: TaskName) -> str:
     return inspect.cleandoc(module.__doc__ or "")
 
 
-def main() -> None:
-    config = tyro.cli(Survey, prog="python -m sim_client.survey", description=Survey.__doc__)
+def survey(config: Survey) -> str:
+    """Write the page and its pictures, and return the page. Raises OSError, before any task is run where possible."""
+    pictures = {task: config.output.parent / "images" / f"{task}.png" for task in config.tasks}
+    for path in (config.output, *pictures.values()):
+        require_writable(path)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(config.workers, mp_context=context) as pool:
         measured = pool.map(measure, config.tasks, [config.episodes] * len(config.tasks))
         results = list(tqdm(measured, total=len(config.tasks), unit="task", desc="survey"))
-    for task in config.tasks:
-        picture(task, config.output.parent / "images" / f"{task}.png")
+    for task, path in pictures.items():
+        picture(task, path)
     text = page(config, results)
     write_atomically(config.output, text.encode())
+    return text
+
+
+def main() -> int:
+    config = tyro.cli(Survey, prog="python -m sim_client.survey", description=Survey.__doc__)
+    try:
+        text = survey(config)
+    except OSError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 2
     print(text.partition("\n## ")[0])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

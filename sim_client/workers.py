@@ -33,7 +33,7 @@ class Partial:
         Raises:
             FileExistsError: what was left was asked for differently.
         """
-        self.folder = output.with_name(f".{output.name}.partial")
+        self.folder = self.folder_of(output)
         shutil.rmtree(self._done, ignore_errors=True)  # of a removal that was interrupted
         asked, ours = self.folder / "request.json", json.dumps(request, sort_keys=True, indent=2)
         if asked.exists() and asked.read_text() != ours:
@@ -46,6 +46,16 @@ class Partial:
         if not asked.exists() and any(self.folder.glob("*.npz")):
             raise FileExistsError(f"{self.folder} holds episodes, and nothing says of what: remove the folder")
         write_atomically(asked, ours.encode())
+
+    @staticmethod
+    def folder_of(output: Path) -> Path:
+        return output.with_name(f".{output.name}.partial")
+
+    @staticmethod
+    def left_of(output: Path) -> bool:
+        """Whether the same command would find something, of its calibration at least, that need not be run again."""
+        names = (name for _, _, names in os.walk(Partial.folder_of(output)) for name in names)
+        return any(name.endswith((".npz", "calibration.json")) for name in names)
 
     @property
     def _done(self) -> Path:

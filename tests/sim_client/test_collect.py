@@ -248,14 +248,20 @@ def test_an_interrupted_collection_goes_on_where_it_was(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt(), 130), (OSError("no space left"), 1)], ids=repr)
-def test_who_ended_it_is_told_by_the_exit_code(failure: BaseException, code: int, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("left", ["request.json", "0000000.npz", "noise0/0000000.npz", "calibration.json"])
+def test_who_ended_it_is_told_by_the_exit_code(left, failure, code: int, tmp_path, monkeypatch, capsys) -> None:
+    """And that it goes on where something is left to go on from: not where the very place could not be made."""
+
     def fail(_config: Collect) -> None:
+        file = tmp_path / ".d.partial" / left
+        file.parent.mkdir(parents=True)
+        file.touch()
         raise failure
 
     monkeypatch.setattr("sim_client.collect.collect", fail)
-    monkeypatch.setattr("sys.argv", ["collect", "--episodes", "1", "--output", "nowhere"])
+    monkeypatch.setattr("sys.argv", ["collect", "--episodes", "1", "--output", str(tmp_path / "d")])
     assert main() == code
-    assert "goes on from here" in capsys.readouterr().err
+    assert ("goes on from here" in capsys.readouterr().err) is (left != "request.json")
 
 
 def test_a_killed_collection_loses_at_most_the_running_episodes(tmp_path: Path) -> None:
@@ -340,8 +346,11 @@ def test_an_existing_dataset_is_not_overwritten(tmp_path: Path, monkeypatch, cap
         ({"episodes": 1, "behavior": "clever"}, "no behaviour"),
         ({"episodes": 1, "behavior": "mixed:expert=0.5,random=0.2"}, "sum to 1"),
         ({"episodes": 1, "behavior": "mixed:expert=half"}, "mixed:expert="),
-        ({"episodes": 1, "behavior": "noisy"}, "one of --noise"),
-        ({"episodes": 1, "noise": 0.3}, "one of --noise"),
+        ({"episodes": 1, "behavior": "noisy"}, "noisy takes one of --noise"),
+        ({"episodes": 1, "behavior": "noisy", "noise": 0.3, "target_success": 0.4}, "noisy takes one of --noise"),
+        ({"episodes": 1, "noise": 0.3}, "expert takes neither --noise nor --target-success"),
+        ({"episodes": 1, "target_success": 0.4}, "expert takes neither"),
+        ({"episodes": 1, "noise": 0.3, "target_success": 0.4}, "expert takes neither"),
         ({"episodes": 1, "behavior": "noisy", "target_success": 1.2}, "between 0 and 1"),
     ],
 )

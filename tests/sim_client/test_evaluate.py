@@ -279,8 +279,25 @@ def test_what_cannot_be_asked_is_refused(asked) -> None:
         Evaluate(**asked)
 
 
-def test_a_report_that_cannot_be_written_costs_no_result(server, tmp_path, played, monkeypatch, capsys) -> None:
-    (tmp_path / "report.json").mkdir()
+@pytest.mark.parametrize("report", ["folder", "file/report.json", "/proc/nowhere/report.json"])
+def test_a_report_that_cannot_be_written_is_told_before_any_episode(report, tmp_path, played, monkeypatch, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["evaluate", "--report", str(tmp_path / report)])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith(f"--report {tmp_path / report}: ")
+    assert not played
+
+
+def test_a_report_that_cannot_be_written_any_more_costs_no_result(
+    server, tmp_path, played, monkeypatch, capsys
+) -> None:
+    def evaluate_and_be_in_the_way(config: Evaluate) -> dict:
+        assert list(tmp_path.iterdir()) == []
+        (tmp_path / "report.json").mkdir()
+        return evaluate(config)
+
+    monkeypatch.setattr("sim_client.evaluate.evaluate", evaluate_and_be_in_the_way)
     flags = ["--server", server.address, "--episodes", "1", "--report", str(tmp_path / "report.json")]
     monkeypatch.setattr("sys.argv", ["evaluate", *flags])
     assert main() == 2

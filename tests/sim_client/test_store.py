@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from protos.errors import Rejected
+from protos.files import SPARE_BYTES
 from protos.spaces import SPEC
 from sim_client.episodes import Episode
 from sim_client.store import About, read, read_about, write
@@ -38,6 +39,17 @@ def made(index: int, steps: int = 4, rgb: bool = False) -> Episode:
 def same(one: Episode, other: Episode) -> bool:
     a, b = vars(one), vars(other)
     return all(np.array_equal(a[k], b[k]) if isinstance(a[k], np.ndarray) else a[k] == b[k] for k in a)
+
+
+def small_disk(folder: Path, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on `folder` seems to be on a disk of so many bytes, of which its files take theirs."""
+    usage = shutil.disk_usage(folder)
+
+    def seeming(_: Path) -> tuple[int, int, int]:
+        used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        return usage._replace(free=capacity - used)
+
+    monkeypatch.setattr("shutil.disk_usage", seeming)
 
 
 @pytest.mark.parametrize("rgb", [False, True])
@@ -107,12 +119,14 @@ def test_a_writer_that_dies_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_without_room_for_the_compressed_copy_is_told_before_it_is_full(tmp_path, monkeypatch) -> None:
-    """HDF5 ends the process where a disk fills up while it compresses."""
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=10_000))
-    with pytest.raises(OSError, match=r"No space left on device: \d+ MiB are needed") as full:
-        write(tmp_path / "d", [made(0)], ABOUT)
+@pytest.mark.parametrize(
+    ("episodes", "purpose"), [(1.5, "write episode 0"), (5, "write episode 2"), (9, "compress the data")]
+)
+def test_a_disk_that_would_fill_up_is_told_before_it_is_full(episodes, purpose, tmp_path, monkeypatch) -> None:
+    """HDF5 ends the process where it does while HDF5 writes."""
+    small_disk(tmp_path, SPARE_BYTES + int(episodes * made(0).nbytes), monkeypatch)
+    with pytest.raises(OSError, match=rf"No space left on device: \d+ MiB are needed to {purpose}") as full:
+        write(tmp_path / "d", map(made, range(4)), ABOUT)
     assert full.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from protos.errors import Rejected
+from protos.files import require_absent
 from protos.spaces import PolicySpec
 from sim_client.episodes import Episode
 from sim_client.store import About
@@ -191,8 +192,7 @@ class Split:
         if self.output_a.resolve() == self.output_b.resolve():
             raise Rejected("--output-b", "another place than --output-a", str(self.output_b))
         for output in (self.output_a, self.output_b):
-            if output.exists():
-                raise FileExistsError(f"{output} exists already: choose another place or remove it first")
+            require_absent(output)
         about, episodes = open_dataset(self.path)
         first = draw([episode.success for episode in episodes], self.share, self.seed)
         for output, wanted in ((self.output_a, True), (self.output_b, False)):

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from protos.errors import Rejected
+from protos.files import SPARE_BYTES
 from sim_client import store
+from tests.sim_client.test_store import small_disk
 from tests.training.data.makers import ABOUT, REPOSITORY, SPEC, assert_same, episode, minari, npz_arrays
 from training.data.convert import detect, open_dataset, write_dataset
 from training.data.formats import lerobot, lerobot_meta
@@ -44,6 +46,15 @@ def test_a_failed_export_leaves_nothing_behind(kind: str, tmp_path: Path) -> Non
     with pytest.raises(RuntimeError):
         write_dataset(tmp_path / f"out{SUFFIX[kind]}", kind, failing(), ABOUT)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_robomimic_file_that_would_fill_the_disk_is_not_begun_or_gone_on_with(tmp_path: Path, monkeypatch) -> None:
+    """HDF5 ends the process where a disk fills up while it writes."""
+    for episodes, purpose in ((-0.5, "begin"), (1.5, "write demo_0"), (3.5, r"write demo_\d")):
+        small_disk(tmp_path, SPARE_BYTES + int(episodes * episode(0).nbytes), monkeypatch)
+        with pytest.raises(OSError, match=f"No space left on device: .* needed to {purpose}"):
+            write_dataset(tmp_path / "out.hdf5", "robomimic", map(episode, range(30)), ABOUT)
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", SUFFIX)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from protos.errors import Rejected
+from protos.files import whole
 from sim_client.episodes import Episode
 from sim_client.store import About
 from training.data.formats.lerobot_meta import (
@@ -30,7 +31,7 @@ from training.data.formats.lerobot_meta import (
     row_of,
     write_meta,
 )
-from training.data.formats.raw import Array, Raw, Source, about_from_json, about_to_json, whole
+from training.data.formats.raw import Array, Raw, Source, about_from_json, about_to_json
 
 DATA_FILE_BYTES = 100 * 2**20
 """LeRobot's own limit of a data file."""

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from protos.errors import Rejected
+from protos.files import whole
 from sim_client.episodes import Episode
 from sim_client.store import About
-from training.data.formats.raw import Array, Raw, Source, about_from_json, about_to_json, whole
+from training.data.formats.raw import Array, Raw, Source, about_from_json, about_to_json
 
 NAMES = {"depth": "depth", "gripper": "gripper", "action": "action", "reward": "reward", "done": "done", "rgb": "rgb"}
 """What the arrays are called, unless a geometry file says otherwise."""

@@ -1,11 +1,8 @@
 """What the formats have in common: an episode before its units are known, and what a file says of itself."""
 
-import contextlib
 import json
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,19 +110,3 @@ def about_from_json(contract: str, digest: str | None, text: str | None, where: 
         raise error.within(f"{where}, ") from error
     except (ValueError, AttributeError, TypeError) as error:
         raise Rejected(f"{where}, about", "a JSON object", repr(error)) from error
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A place to write a file or a directory to, which takes the name `path` once it is complete.
-
-    Raises:
-        FileExistsError: `path` exists.
-    """
-    if path.exists():
-        raise FileExistsError(f"{path} exists already: choose another place or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent.resolve(), prefix=f".{path.name}.") as scratch:
-        made = Path(scratch) / path.name
-        yield made
-        made.rename(path)

@@ -9,10 +9,11 @@ import h5py
 import numpy as np
 
 from protos.errors import Rejected
+from protos.files import require_room, whole
 from protos.spaces import PolicySpec
 from sim_client.episodes import Episode
 from sim_client.store import About
-from training.data.formats.raw import Array, Raw, Source, about_from_json, about_to_json, whole
+from training.data.formats.raw import Array, Raw, Source, about_from_json, about_to_json
 
 NAMES = {"depth": "depth", "gripper": "gripper", "action": "actions", "reward": "rewards", "done": "dones"}
 NAMES |= {"rgb": "rgb_image"}
@@ -104,17 +105,20 @@ def _demo(group: Any, names: Mapping[str, str], ours: bool) -> Raw:
 
 def write(path: Path, episodes: Iterable[Episode], about: About) -> None:
     """One group per episode, written as it comes; whole or not at all."""
-    with whole(path) as made, h5py.File(made, "w") as file:
-        data = file.create_group("data")
-        total = 0
-        for index, episode in enumerate(episodes):
-            _write_demo(data.create_group(f"demo_{index}"), episode, about.spec)
-            total += len(episode)
-        data.attrs["total"] = total
-        data.attrs["env_args"] = json.dumps(_env_args(about))
-        data.attrs["contract"] = about.spec.to_json()
-        data.attrs["contract_digest"] = about.spec.digest
-        data.attrs["about"] = about_to_json(about)
+    with whole(path) as made:
+        require_room(made.parent, 0, "begin")
+        with h5py.File(made, "w") as file:
+            data = file.create_group("data")
+            total = 0
+            for index, episode in enumerate(episodes):
+                require_room(made.parent, 2 * episode.nbytes, f"write demo_{index}")  # obs, and next_obs beside it
+                _write_demo(data.create_group(f"demo_{index}"), episode, about.spec)
+                total += len(episode)
+            data.attrs["total"] = total
+            data.attrs["env_args"] = json.dumps(_env_args(about))
+            data.attrs["contract"] = about.spec.to_json()
+            data.attrs["contract_digest"] = about.spec.digest
+            data.attrs["about"] = about_to_json(about)
 
 
 def _write_demo(group: Any, episode: Episode, spec: PolicySpec) -> None:

@@ -1,0 +1,43 @@
+"""The commands that draw, for people: what cannot be written is told in a line, before the work."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sim_client import look, survey
+
+
+@pytest.mark.parametrize(("main", "file"), [(look.main, "x.png"), (survey.main, "x.md")], ids=["look", "survey"])
+@pytest.mark.parametrize("folder", ["file", "/proc/nowhere"])
+def test_a_place_that_cannot_be_written_is_told_before_any_scene_is_made(
+    main: Callable[[], int], file: str, folder: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("gymnasium.make", None)
+    monkeypatch.setattr(survey, "ProcessPoolExecutor", None)
+    path = tmp_path / folder / file
+    monkeypatch.setattr(sys, "argv", ["command", "--output", str(path)])
+    assert main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stopped: ")
+    assert line.endswith(f"'{path}'")
+
+
+def test_pictures_that_cannot_be_written_are_told_as_soon_as_the_page(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "images").touch()
+    monkeypatch.setattr(survey, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(sys, "argv", ["survey", "--output", str(tmp_path / "tasks.md")])
+    assert survey.main() == 2
+    assert "images/" in capsys.readouterr().err
+
+
+def test_a_kind_of_picture_that_nobody_can_draw_is_refused_with_those_that_can_be(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["look", "--output", "x.foo"])
+    with pytest.raises(SystemExit) as refused:
+        look.main()
+    assert refused.value.code == 2
+    assert "png" in capsys.readouterr().err
+    for name in ("x.PNG", "x.svg", "x"):
+        look.Look(Path(name))

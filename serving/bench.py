@@ -25,7 +25,7 @@ import tyro
 from protos.codec import pack_observation
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
-from protos.files import write_atomically
+from protos.files import require_writable, write_atomically
 from protos.spaces import Observation, PolicySpec
 from serving.client import Connection, PolicyError
 
@@ -264,6 +264,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 def main() -> int:
     try:
         bench = tyro.cli(Bench, prog="python -m serving.bench")
+        if bench.output:
+            require_writable(bench.output)
         found = summary(*load(bench))
         print("\n".join(lines(found)))
         if bench.output:

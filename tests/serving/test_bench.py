@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from protos.codec import unpack_observation
 from protos.errors import Rejected, Status
 from protos.spaces import ACTION, PolicySpec
-from serving.bench import pictures
+from serving.bench import main, pictures
 from serving.security import new_token
 from serving.server import LAME_DUCK_S, Server
 from tests.makers import settings, small_spec
@@ -86,6 +86,13 @@ def test_it_fails_when_nothing_is_answered(serve, healthy, tmp_path, monkeypatch
     process, found = bench(tmp_path, "--server", running.server.address, "--seconds", 0.5)
     assert found["codes"].keys() == {"RESOURCE_EXHAUSTED"}
     assert process.returncode == 1
+
+
+def test_where_its_figures_cannot_be_written_no_load_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serving.bench", "--output", str(tmp_path)])
+    monkeypatch.setattr("serving.bench.load", lambda _: pytest.fail("load"))
+    assert main() == 2
+    assert f"'{tmp_path}'" in capsys.readouterr().err
 
 
 def test_it_waits_for_a_server_that_is_still_proving(healthy, tmp_path):

@@ -96,6 +96,17 @@ def test_a_snapshot_is_evaluated_by_hand_to_the_same_result(drawer: Path, tmp_pa
     assert not snapshot.exists()
 
 
+def test_a_snapshot_that_waits_is_not_overwritten_by_other_weights(drawer: Path, tmp_path: Path) -> None:
+    """As where a run was killed, and comes to the same update anew: the evaluation may have read the first already."""
+    run, evaluations, snapshot = waiting(drawer, tmp_path / "run")
+    before = snapshot.read_bytes()
+    with torch.no_grad():
+        next(run.learner.agent.parameters()).add_(1.0)
+    evaluations.take()
+    evaluations.stop()
+    assert snapshot.read_bytes() == before
+
+
 def test_an_evaluation_plays_the_agent_s_own_actions_in_scenes_of_its_own(
     drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

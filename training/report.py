@@ -25,9 +25,9 @@ from protos.files import write_atomically
 from protos.manifest import Manifest
 from sim_client.interval import wilson
 from training.config import RunConfig, recorded
+from training.names import POLICY, TENSORBOARD
 from training.webpage import image, page, table
 
-TENSORBOARD, POLICY = "tensorboard", "policy.onnx"
 SMOOTHED_OVER = 0.03
 """Losses of single batches are noise, drawn pale: the curve is their moving average over this share of a run."""
 RATE = "success/rate"
@@ -88,9 +88,6 @@ class Run:
             manifest = Manifest.from_metadata({p.key: p.value for p in properties})
             served = _served(path, hashlib.sha256(policy.read_bytes()).hexdigest())
         return cls(path.name, config, curves, manifest, served)
-
-    def last(self, tag: str) -> float:
-        return float(self.curves[tag][1][-1]) if tag in self.curves else math.nan
 
     def row(self) -> list[str]:
         """The run's line in the table, in the order of COLUMNS."""

@@ -26,10 +26,10 @@ from training.evaluations import BEST, EvaluationError, Evaluations, Result, bes
 from training.export import ExportError, Provenance, export
 from training.loop import CHECKPOINT, Run, saved
 from training.memory import keep_freed_memory
+from training.names import POLICY, TENSORBOARD
 from training.networks.stem import deepest_m
 
 LOG_EVERY, PROBE_EVERY = 20, 200
-POLICY = "policy.onnx"
 SAME_SIGNAL_S = 0.5
 """Within this time, signals to several processes of a job are one."""
 
@@ -185,7 +185,7 @@ def _log_success(results: list[Result], log: SummaryWriter) -> None:
 def _log(run: Run) -> SummaryWriter:
     """The leader's curves; the other processes write theirs nowhere."""
     if run.processes.leads:
-        return SummaryWriter(str(run.config.output / "tensorboard"), purge_step=run.updates + 1)
+        return SummaryWriter(str(run.config.output / TENSORBOARD), purge_step=run.updates + 1)
     return contextlib.nullcontext()  # type: ignore[return-value]
 
 

@@ -23,7 +23,7 @@ from training.agents.agent import Diverged
 from training.config import SETTINGS, RunConfig, parse
 from training.diagnostics import Probe
 from training.evaluations import BEST, EvaluationError, Evaluations, Result, best
-from training.export import ExportError, Provenance, export
+from training.export import ExportError, Provenance, code_version, export
 from training.loop import CHECKPOINT, Run, saved
 from training.memory import keep_freed_memory
 from training.names import POLICY, TENSORBOARD
@@ -45,6 +45,7 @@ def train(config: RunConfig) -> Path:
     """
     if not config.resume and config.output.exists() and any(config.output.iterdir()):
         raise Rejected("--output", "a new or empty directory", str(config.output), "choose another, or add --resume")
+    version = code_version()  # now: by the end of a long run the checkout may be at another commit
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -70,13 +71,13 @@ def train(config: RunConfig) -> Path:
                     raise
         if stop.is_set():
             raise KeyboardInterrupt
-        return _export(run, evaluations) if run.processes.leads else config.output / POLICY
+        return _export(run, evaluations, version) if run.processes.leads else config.output / POLICY
     finally:
         if evaluations is not None:
             evaluations.stop()
 
 
-def _export(run: Run, evaluations: Evaluations | None) -> Path:
+def _export(run: Run, evaluations: Evaluations | None, version: str) -> Path:
     """policy.onnx from the best weights that evaluation found, or from the last ones."""
     config, updates, success = run.config, run.updates, None
     if not run.has_policy:
@@ -88,7 +89,7 @@ def _export(run: Run, evaluations: Evaluations | None) -> Path:
         run.learner.agent.load_state_dict(state["agent"])
         success = best(results)
         updates = success.update
-    provenance = Provenance(config.algo, config.equivariance, config.network.group, config.seed, updates)
+    provenance = Provenance(config.algo, config.equivariance, config.network.group, config.seed, updates, version)
     path = config.output / POLICY
     manifest = export(run.learner.agent, run.dataset, provenance, path, evaluation=_told(success))
     print(

@@ -133,7 +133,9 @@ def instead_of_an_evaluation(script: str, monkeypatch: pytest.MonkeyPatch) -> No
     popen = subprocess.Popen
 
     def start(command: list[str], **options: Any) -> "subprocess.Popen[str]":
-        return popen([sys.executable, "-c", script, *command[3:]], **options)
+        if "training.evaluate" in command:
+            command = [sys.executable, "-c", script, *command[3:]]
+        return popen(command, **options)  # git's, too
 
     monkeypatch.setattr("training.evaluations.subprocess.Popen", start)
 
@@ -154,10 +156,12 @@ def test_the_weights_to_keep_are_those_that_are_exported(
 ) -> None:
     exported: dict[str, torch.Tensor] = {}
     claimed = []
+    versions = iter(("as it began", "as it ended"))
+    monkeypatch.setattr("training.run.code_version", lambda: next(versions))
 
     def noted(agent: Agent, _data: Any, provenance: Provenance, *_: Any, **_more: Any) -> Manifest:
         exported.update({name: value.clone() for name, value in agent.state_dict().items()})
-        claimed.append(provenance.updates)
+        claimed.append((provenance.updates, provenance.code_version))
         return tiny_manifest(small_spec(), random_golden(small_spec()))
 
     monkeypatch.setattr("training.run.export", noted)
@@ -167,7 +171,7 @@ def test_the_weights_to_keep_are_those_that_are_exported(
     best_weights = torch.load(run / "best.pt", weights_only=True)["agent"]
     assert not same(best_weights, weights(run)), "or nothing would show"
     assert same(exported, best_weights if keep == "best" else weights(run))
-    assert claimed == [update]
+    assert claimed == [(update, "as it began")]
 
 
 def test_what_was_learned_outlives_an_evaluation_that_fails(

@@ -58,6 +58,14 @@ class Evaluations:
         self._result = self._folder  # where the process will write it
         self._told: set[int] = set()
 
+    def resume(self) -> None:
+        """Tell no result again that the run told before; call it after `Run.restore`.
+
+        A told one's snapshot is gone. Beyond the checkpoint all are told again: the curves end there.
+        """
+        told = {r.update for r in self.results() if not self._snapshot(r.update).exists()}
+        self._told = {update for update in told if update <= self._run.updates}
+
     def take(self) -> None:
         """Leave a snapshot of the agent as it is now, unless this update has one, or a result, from before a kill.
 

@@ -61,6 +61,8 @@ def train(config: RunConfig) -> Path:
     if run.processes.leads:
         _record(config)  # only now is the directory taken: a mistyped flag must not take it
         _describe(run)
+        if evaluations:
+            evaluations.resume()
     try:
         with _interrupt_noted() as stop:
             try:
@@ -203,6 +205,8 @@ def _describe(run: Run) -> None:
     print(
         f"{data.dataset_id}: {data.episodes} episodes, {len(data)} transitions"
         f"{' (successful ones only)' if config.successful_only else ''}; {config.algo}, equivariance "
+    if results:  # they are told once: a kill must not take them out of the curve
+        log.flush()
         f"{config.equivariance}, {config.network.group}; free parameters "
         + ", ".join(f"{name} {count:,}" for name, count in counts.items())
         + f"; {run.device.type}"

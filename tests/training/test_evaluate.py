@@ -107,6 +107,19 @@ def test_a_snapshot_that_waits_is_not_overwritten_by_other_weights(drawer: Path,
     assert snapshot.read_bytes() == before
 
 
+def test_a_resumed_run_tells_no_result_again(drawer: Path, tmp_path: Path) -> None:
+    run, evaluations, snapshot = waiting(drawer, tmp_path / "run")
+    result = {"update": 1, "successes": 1, "episodes": 2}
+    snapshot.with_suffix(".json").write_text(json.dumps(result))
+    assert evaluations.poll() == [Result(1, 1, 2)]
+    rewound = Evaluations(Run(run.config))
+    rewound.resume()  # to before that update: the curves were cut there
+    assert rewound.poll() == [Result(1, 1, 2)]
+    evaluations = Evaluations(run)
+    evaluations.resume()
+    assert evaluations.poll() == []
+
+
 def test_an_evaluation_plays_the_agent_s_own_actions_in_scenes_of_its_own(
     drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,10 @@ def train(config: RunConfig) -> Path:
         Rejected: on a dataset, a network or an output directory that does not fit; nothing has been written then.
         Diverged: when a loss is not finite or a value has exploded; the last checkpoint is kept.
         EvaluationError: when an evaluation failed; a checkpoint has been saved.
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, with a checkpoint saved.
+        ExportError: when the policy's file is not the network that was trained; a checkpoint has been saved.
+        OSError: when something cannot be read or written.
+        torch.OutOfMemoryError: when the device has too little memory.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, with a checkpoint saved; on a second one, perhaps without.
     """
     if not config.resume and config.output.exists() and any(config.output.iterdir()):
         raise Rejected("--output", "a new or empty directory", str(config.output), "choose another, or add --resume")
@@ -229,7 +232,7 @@ def _record(config: RunConfig) -> None:
 def main() -> int:
     try:
         config = parse(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     logging.basicConfig(format="%(message)s")
@@ -251,3 +254,10 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+    except torch.OutOfMemoryError as error:
+        print(
+            f"training stopped: {error}\nStart a new run with a smaller --batch-size or narrower --network.fields, or "
+            "take --device cpu",
+            file=sys.stderr,
+        )
+        return 1

@@ -53,7 +53,8 @@ class RunConfig:
     seed: int = 0
     """Of initial weights, batches and augmentation."""
     minutes: float | None = None
-    """Stop after this many minutes of training, not counting set-up and export."""
+    """Stop after this many minutes of updates. Set-up, probes, checkpoints, waiting for the last evaluations and export
+    come on top."""
     updates: int | None = None
     """Stop after this many updates. With both limits, whichever comes first."""
     batch_size: int = 32
@@ -76,7 +77,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if there is one."""
     threads: int | None = None
-    """Of torch on the CPU; left out: as many as there are cores."""
+    """Of torch on the CPU; left out: OMP_NUM_THREADS, which torchrun sets to 1 for several processes, else as many as
+    there are cores."""
     checkpoint_s: float = 30.0
     """Seconds between checkpoints."""
     failures: Literal["auto", "keep", "drop"] = "auto"
@@ -123,6 +125,7 @@ def parse(argv: list[str]) -> RunConfig:
 
     Raises:
         ValueError: on values out of range; as Rejected, when there is no run to resume, or a flag would change it.
+        OSError: when a preset, or the settings of the run to resume, cannot be read.
     """
     # These three decide on the defaults of all other flags.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -9,13 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
+from protos.errors import Rejected
 from protos.files import write_atomically
+from training.names import POLICY
 
+MARKER = "demo.json"
+"""The demo's settings; in a directory without it, nothing is the demo's to remove."""
 SERVING_LINE = "serving on "
 """What the server prints, followed by its address, once it takes calls."""
 
@@ -28,7 +32,7 @@ class Demo:
     """
 
     output: Path = Path("runs/demo")
-    """Everything goes here; what an earlier demo left is replaced."""
+    """Everything goes here; what an earlier demo left is replaced, what others left is refused."""
     seed: int = 0
     """Of the collected scenes, the training and the evaluated scenes."""
     episodes: int = 40
@@ -82,10 +86,15 @@ def server(policy: Path, *flags: str) -> Iterator[str]:
 
 
 def demonstrate(config: Demo) -> Path:
-    """Run all stages and return the report's path. Raises CalledProcessError when a stage fails."""
-    data, run, report_path = config.output / "data", config.output / "train", config.output / "report.json"
-    for old in (data, run, data.with_name(f".{data.name}.partial")):  # the last, of a collection that was interrupted
-        shutil.rmtree(old, ignore_errors=True)
+    """Run all stages and return the report's path.
+
+    Raises:
+        Rejected: when the output directory holds what no demo has left; nothing has been removed then.
+        CalledProcessError: when a stage fails.
+    """
+    data, run = config.output / "data", config.output / "train"
+    policy, report_path = config.output / POLICY, config.output / "report.json"
+    _make_room(config, data, run, data.with_name(".data.partial"), policy, report_path)
     seed = ("--seed", str(config.seed))
     stages = Stages(config.setup_seconds)
     stages.run("collect", "sim_client.collect", "--episodes", str(config.episodes), *seed, "--output", str(data))
@@ -93,8 +102,7 @@ def demonstrate(config: Demo) -> Path:
         "train", "training.run", "--dataset", str(data), "--algo", "bc", "--equivariance", "both", "--preset", "cpu",
         "--augmentation", "o2", "--minutes", f"{config.minutes:g}", *seed, "--output", str(run),
     )  # fmt: skip
-    policy = config.output / "policy.onnx"
-    write_atomically(policy, (run / "policy.onnx").read_bytes())
+    write_atomically(policy, (run / POLICY).read_bytes())
     with contextlib.ExitStack() as stack:
         with stages.timed("serve"):
             address = stack.enter_context(server(policy))
@@ -109,12 +117,27 @@ def demonstrate(config: Demo) -> Path:
     return report_path
 
 
+def _make_room(config: Demo, *places: Path) -> None:
+    """Remove what an earlier demo left in `places`: a policy or a report of it would look like this one's."""
+    marker = config.output / MARKER
+    taken = [place for place in places if place.exists()]
+    if taken and not marker.exists():
+        found = f"{', '.join(place.name for place in taken)} in {config.output}, and no {MARKER} beside"
+        raise Rejected("--output", "a directory of its own", found, "choose another, or remove them yourself")
+    for place in taken:
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink()
+    write_atomically(marker, (json.dumps(asdict(config), indent=2, default=str) + "\n").encode())
+
+
 def main() -> int:
     config = tyro.cli(Demo, prog="python -m training.demo", description=Demo.__doc__)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, nothing is left running
     try:
         path = demonstrate(config)
-    except (subprocess.CalledProcessError, RuntimeError, OSError) as error:
+    except (Rejected, subprocess.CalledProcessError, RuntimeError, OSError) as error:
         print(f"\nthe demo stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -126,7 +149,7 @@ def main() -> int:
         f"95 % interval {report['wilson_low']:.0%} to {report['wilson_high']:.0%}, "
         f"learned from {config.episodes} demonstrations\n"
         f"seconds per stage: {report['seconds']}\n"
-        f"policy {config.output / 'policy.onnx'}\nreport {path}\nlogs   tensorboard --logdir {config.output / 'train'}"
+        f"policy {config.output / POLICY}\nreport {path}\nlogs   tensorboard --logdir {config.output / 'train'}"
     )
     return 0
 

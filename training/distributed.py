@@ -1,7 +1,9 @@
 """Several processes that train one agent, as torchrun starts them; one process where it did not."""
 
 import os
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import distributed
@@ -70,6 +72,16 @@ def join(device: str) -> tuple[Processes, torch.device]:
     if count > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if taken.type == "cuda" else "gloo")
     return Processes(rank, count), taken
+
+
+def to_resume(output: Path, *flags: str) -> str:
+    """The command that goes on with the run in `output`, by as many processes as there are now."""
+    count, here = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    started = "python"
+    if count > 1:  # where the machines meet, who started them knows
+        machines = "--standalone" if here == count else f"--nnodes {count // here} ..."
+        started = f"torchrun {machines} --nproc-per-node {here}"
+    return f"{started} -m training.run --resume {shlex.join(('--output', str(output), *flags))}"
 
 
 def leave() -> None:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from protos.errors import Rejected
 from protos.files import write_atomically
@@ -57,13 +58,24 @@ class Evaluations:
         self._result = self._folder  # where the process will write it
         self._told: set[int] = set()
 
+    def resume(self) -> None:
+        """Tell no result again that the run told before; call it after `Run.restore`.
+
+        A told one's snapshot is gone. Beyond the checkpoint all are told again: the curves end there.
+        """
+        told = {r.update for r in self.results() if not self._snapshot(r.update).exists()}
+        self._told = {update for update in told if update <= self._run.updates}
+
     def take(self) -> None:
-        """Leave a snapshot of the agent as it is now, unless an earlier run of this update was evaluated."""
-        name = f"{FOLDER}/update-{self._run.updates:07d}.pt"
-        data = self._run.dataset
-        state = {"agent": self._run.learner.agent.state_dict(), "spec": data.spec.to_json(), "env_spec": data.env_spec}
-        if not (self._run.config.output / name).with_suffix(".json").exists():
-            self._run.write(name, state)
+        """Leave a snapshot of the agent as it is now, unless this update has one, or a result, from before a kill.
+
+        One that waits may be under evaluation already, and its result must stay that of the weights beside it.
+        """
+        snapshot = self._snapshot(self._run.updates)
+        if not (snapshot.exists() or snapshot.with_suffix(".json").exists()):
+            agent, data = self._run.learner.agent, self._run.dataset
+            state = {"agent": agent.state_dict(), "spec": data.spec.to_json(), "env_spec": data.env_spec}
+            self._run.write(f"{FOLDER}/{snapshot.name}", state)
         self._start_the_next()
 
     def poll(self) -> list[Result]:
@@ -132,11 +144,14 @@ class Evaluations:
             )  # fmt: skip
 
     def _keep_the_best(self, results: list[Result]) -> None:
-        chosen = self._folder / f"update-{best(results).update:07d}.pt"
+        chosen = self._snapshot(best(results).update)
         if chosen.exists():
             write_atomically(self._run.config.output / BEST, chosen.read_bytes())
         for result in results:
-            (self._folder / f"update-{result.update:07d}.pt").unlink(missing_ok=True)
+            self._snapshot(result.update).unlink(missing_ok=True)
+
+    def _snapshot(self, update: int) -> Path:
+        return self._folder / f"update-{update:07d}.pt"
 
 
 def best(results: Iterable[Result]) -> Result:

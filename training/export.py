@@ -53,6 +53,8 @@ class Provenance:
     group: str
     seed: int
     updates: int
+    code_version: str
+    """Of the code that trained it, which may have changed under a long run: see `code_version`."""
 
 
 class Graph(nn.Module):
@@ -111,7 +113,7 @@ def export(
         updates=provenance.updates,
         dataset_id=dataset.dataset_id,
         dataset_sha256=dataset.sha256,
-        code_version=code_version(),
+        code_version=provenance.code_version,
         equivariance_error_90=quarter,
         equivariance_error_45=_equivariance_error(session, real, (EIGHTH_TURN,), spec),
         golden=_golden(agent, real, spec),
@@ -155,7 +157,7 @@ def write(model: onnx.ModelProto, manifest: Manifest, path: Path) -> None:
 
 
 def code_version() -> str:
-    """The installed version, and the commit where this runs from a git checkout."""
+    """The installed version, and the commit where this runs from a git checkout, marked where its files differ."""
     try:
         version = importlib.metadata.version("equiserve")
     except importlib.metadata.PackageNotFoundError:
@@ -169,7 +171,8 @@ def code_version() -> str:
 
     try:
         git("ls-files", "--error-unmatch", here.name)  # else the checkout around is another project's
-        return f"{version}+{git('rev-parse', '--short=12', 'HEAD').strip()}"
+        changed = git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+        return f"{version}+{git('rev-parse', '--short=12', 'HEAD').strip()}{'.dirty' if changed else ''}"
     except (OSError, subprocess.CalledProcessError):
         return version
 

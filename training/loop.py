@@ -1,9 +1,11 @@
 """The training loop: an agent, its data, its budget and its checkpoints."""
 
+import contextlib
 import io
 import json
 import math
 import time
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,15 @@ from training.batch import Batch
 from training.config import RunConfig
 from training.data.augment import randomly
 from training.data.dataset import load
-from training.distributed import join
+from training.distributed import join, to_resume
 from training.extraction import VIEWS, Extraction, weigh
 from training.networks.family import EQUIVARIANCE
 
 AGENTS: dict[str, Any] = {"bc": BC, "iql": IQL, "cql": CQL}
 WARM_UP_UPDATES = 20
 CHECKPOINT, DIAGNOSIS = "checkpoint.pt", "diverged.json"
+TEMPERATURE = {"iql": "--iql.temperature", "cql": "--cql.cloning-temperature"}
+"""Of the weights that `training.extraction` draws by."""
 EXPLODED = 10.0
 """Values this many times beyond the largest return that the data's rewards allow are no estimates any more."""
 
@@ -121,8 +125,9 @@ class Run:
             views = 1 if self.config.augmentation == "none" else VIEWS
             return weigh(self.learner.agent, self.dataset, self._augmented, views)
         except Diverged as error:
-            nothing = torch.zeros(0, dtype=torch.long, device=self.device)
-            self._explain(error, nothing, self.dataset.batch(nothing))
+            cause = "advantages lie too many temperatures below 0, or are no numbers"
+            remedy = f"a larger {TEMPERATURE[self.config.algo]}, or, where they are no numbers, a lower --learning-rate"
+            self._diagnose(error, {}, cause, remedy)
             raise
 
     def _rest_values(self, extraction: Extraction) -> None:
@@ -142,42 +147,66 @@ class Run:
         return randomly(batch, self.dataset.spec, self._generator, reflections=how == "o2", shift_m=shift_m)
 
     def _explain(self, error: Diverged, index: Tensor, batch: Batch) -> None:
-        """Add to `error`, and write to a file, what a person needs to find the cause."""
+        """Find what is wrong with the batch on which `error` was raised."""
         where = self.dataset.where(index)
         tensors = {"depth": batch.state.depth, "action": batch.action, "reward": batch.reward}
         broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        seen = {
+            "not finite in the batch": broken,
+            "batch": [{"episode": episode, "step": step} for episode, step in where],
+        }
+        cause = f"the batch's {' and '.join(broken)} are not finite" if broken else "the data of the batch are finite"
+        check = f"check the data (python -m training.data validate {self.config.dataset})"
+        self._diagnose(error, seen, cause, f"a lower --learning-rate, or {check}")
+
+    def _diagnose(self, error: Diverged, seen: dict[str, Any], cause: str, remedy: str) -> None:
+        """Add to `error`, and write to a file, what a person needs to find the cause and to go on."""
         diagnosis = {
             "update": self.updates,
             "what": str(error),
             "scalars": {name: repr(value) for name, value in error.scalars.items()},
-            "not finite in the batch": broken,
-            "batch": [{"episode": episode, "step": step} for episode, step in where],
+            **seen,
         }
         path = self.config.output / DIAGNOSIS
         try:
             write_atomically(path, (json.dumps(diagnosis, indent=2) + "\n").encode())
-            named = f"{path} names the batch and all losses"
+            named = f"{path} has {'the batch and all losses' if seen else 'what was measured'}"
         except OSError as full:  # the disk's, and no reason to keep quiet about the losses
             named = f"{path} could not be written: {full}"
-        kept = "The last good checkpoint is kept: s" if (self.config.output / CHECKPOINT).exists() else "S"
-        cause = f"the batch's {' and '.join(broken)} are not finite" if broken else "the data of the batch are finite"
         error.args = (
-            f"{error} at update {self.updates}; {cause}. {named}. {kept}tart a new "
-            f"run with a lower --learning-rate, or check the data with "
-            f"python -m training.data validate {self.config.dataset}",
+            f"{error} at update {self.updates}; {cause}. {named}. Start a new run with {remedy}{self._last_good()}",
         )
+
+    def _last_good(self) -> str:
+        """The way to a policy from the checkpoint; nothing where there is none."""
+        try:
+            state = self._checkpoint()
+        except (Rejected, OSError):
+            return ""
+        kept = f". The last good checkpoint, of update {state['updates']}, is kept"
+        if not state["updates"] or (self.learner.agent.values_first and not state.get("extraction")):
+            return kept  # it has no policy yet
+        return f"{kept}; to a policy from it: {to_resume(self.config.output, '--updates', str(state['updates']))}"
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all. Raises Diverged where weights are NaN; the one before stays."""
         if not self.learner.finite:
             raise Diverged(
-                f"weights are not finite after update {self.updates}, though every loss was: a gradient overflowed. No "
-                "checkpoint was written over the last; start a new run with a lower --learning-rate",
+                f"weights are not finite after update {self.updates}, though every loss was: a gradient overflowed. "
+                f"They were not saved. Start a new run with a lower --learning-rate{self._last_good()}",
                 {},
             )
         extraction = self.extraction and vars(self.extraction)
         state = {"learner": self.learner.state_dict(), "dataset_sha256": self.dataset.sha256, "extraction": extraction}
-        self.write(CHECKPOINT, state)
+        self.write(CHECKPOINT, state | {"processes": self.processes.count})
+        self._forget_a_divergence()
+
+    def _forget_a_divergence(self) -> None:
+        """The diagnosis of an update that went well when the run was resumed, which would look like one of now."""
+        path = self.config.output / DIAGNOSIS
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it is somebody else's
+            if json.loads(path.read_text())["update"] < self.updates:
+                path.unlink()
 
     def write(self, name: str, state: dict[str, Any]) -> None:
         """`state` and how far the run has come, to a file of the run's directory."""
@@ -186,7 +215,10 @@ class Run:
         write_atomically(self.config.output / name, buffer.getvalue())
 
     def restore(self) -> None:
-        """Continue where the last checkpoint was taken. Raises Rejected when the data are not those it was taken on."""
+        """Continue where the last checkpoint was taken.
+
+        Raises Rejected when it was taken on other data or by another number of processes.
+        """
         path = self.config.output / CHECKPOINT
         if path.exists():  # else stopped before its first checkpoint: begin again
             self._read(path)
@@ -194,8 +226,17 @@ class Run:
             expected = "the same checkpoint for all processes, on every machine"
             raise Rejected(str(path), expected, f"update {self.updates} here", "share --output between the machines")
 
+    def _checkpoint(self) -> dict[str, Any]:
+        holds = {"learner", "dataset_sha256", "updates", "seconds"}
+        path = self.config.output / CHECKPOINT
+        return saved(path, "a checkpoint of training.run", "start a new run", self.device, holds)
+
     def _read(self, path: Path) -> None:
-        state = saved(path, "a checkpoint of training.run", "start a new run", self.device)
+        state = self._checkpoint()
+        count = state.get("processes", self.processes.count)  # older checkpoints have none
+        if count != self.processes.count:
+            remedy = f"resume with torchrun --nproc-per-node {count}" if count > 1 else "resume without torchrun"
+            raise Rejected("processes", f"{count}, as the run was started", str(self.processes.count), remedy)
         if state["dataset_sha256"] != self.dataset.sha256:
             raise Rejected(
                 "dataset", f"sha256 {state['dataset_sha256']}", self.dataset.sha256, "resume with the same data"
@@ -211,14 +252,21 @@ class Run:
             self._rest_values(Extraction(**extraction | {"weights": extraction["weights"].cpu()}))
 
 
-def saved(path: Path, expected: str, remedy: str, device: torch.device) -> dict[str, Any]:
-    """What `Run.write` wrote. Raises Rejected where the file is none of those, OSError where it cannot be read."""
+def saved(
+    path: Path, expected: str, remedy: str, device: torch.device, holds: Set[str] = frozenset()
+) -> dict[str, Any]:
+    """What `Run.write` wrote, which `holds` so named parts.
+
+    Raises Rejected where the file is none of those, OSError where it cannot be read.
+    """
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
     except OSError:
         raise
     except Exception as error:  # of other bytes, torch says RuntimeError, EOFError, UnpicklingError, IndexError ...
         raise Rejected(str(path), expected, repr(error)[:200], remedy) from error
+    if not (isinstance(state, dict) and holds <= state.keys()):
+        raise Rejected(str(path), expected, "a file of another kind", remedy)
     return state
 
 

@@ -25,9 +25,9 @@ from protos.files import write_atomically
 from protos.manifest import Manifest
 from sim_client.interval import wilson
 from training.config import RunConfig, recorded
+from training.names import POLICY, TENSORBOARD
 from training.webpage import image, page, table
 
-TENSORBOARD, POLICY = "tensorboard", "policy.onnx"
 SMOOTHED_OVER = 0.03
 """Losses of single batches are noise, drawn pale: the curve is their moving average over this share of a run."""
 RATE = "success/rate"
@@ -89,9 +89,6 @@ class Run:
             served = _served(path, hashlib.sha256(policy.read_bytes()).hexdigest())
         return cls(path.name, config, curves, manifest, served)
 
-    def last(self, tag: str) -> float:
-        return float(self.curves[tag][1][-1]) if tag in self.curves else math.nan
-
     def row(self) -> list[str]:
         """The run's line in the table, in the order of COLUMNS."""
         c = self.config
@@ -110,8 +107,9 @@ class Run:
         if RATE not in self.curves:
             return ""
         steps, rates = self.curves[RATE]
-        best = int(np.lexsort((steps, rates))[-1])
-        low, high = (self.curves[tag][1][best] for tag in INTERVAL)
+        lows, highs = (self.curves[tag][1] for tag in INTERVAL)
+        best = int(np.lexsort((steps, lows))[-1])  # as `training.evaluations.best` has it: what was exported
+        low, high = lows[best], highs[best]
         return f"best {rates[best]:.0%} ({low:.0%} to {high:.0%}) at update {steps[best]:,}, last {rates[-1]:.0%}"
 
     def _through_the_server(self) -> str:
@@ -133,7 +131,7 @@ def _served(path: Path, sha256: str) -> dict[str, Any] | None:
     for file in (*sorted(path.glob("*.json")), *sorted(path.resolve().parent.glob("*.json"))):
         try:
             found = json.loads(file.read_text())
-        except ValueError:  # somebody else's
+        except (ValueError, OSError):  # somebody else's
             continue
         if isinstance(found, dict) and found.get("policy_sha256") == sha256:
             return found
@@ -141,7 +139,9 @@ def _served(path: Path, sha256: str) -> dict[str, Any] | None:
 
 
 def write_report(config: Report) -> None:
-    """Read the runs and write the page, whole or not at all. Raises Rejected when a directory holds no run."""
+    """Read the runs and write the page, whole or not at all. Raises Rejected when a directory, or all, hold no run."""
+    if not config.runs:
+        raise Rejected("RUN", "one or more runs of training.run", "none", "name their --output")
     runs = [Run.read(path) for path in config.runs]
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(run, name=str(path)) for run, path in zip(runs, config.runs, strict=True)]

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import shlex
 import signal
 import sys
 import threading
@@ -22,14 +21,15 @@ from training import distributed
 from training.agents.agent import Diverged
 from training.config import SETTINGS, RunConfig, parse
 from training.diagnostics import Probe
-from training.evaluations import BEST, EvaluationError, Evaluations, Result, best
-from training.export import ExportError, Provenance, export
+from training.distributed import to_resume
+from training.evaluations import BEST, FOLDER, EvaluationError, Evaluations, Result, best
+from training.export import ExportError, Provenance, code_version, export
 from training.loop import CHECKPOINT, Run, saved
 from training.memory import keep_freed_memory
+from training.names import POLICY, TENSORBOARD
 from training.networks.stem import deepest_m
 
 LOG_EVERY, PROBE_EVERY = 20, 200
-POLICY = "policy.onnx"
 SAME_SIGNAL_S = 0.5
 """Within this time, signals to several processes of a job are one."""
 
@@ -38,13 +38,18 @@ def train(config: RunConfig) -> Path:
     """Train until the budget is used, then export; returns the path of policy.onnx.
 
     Raises:
-        Rejected: on a dataset, a network or an output directory that does not fit; nothing has been written then.
+        Rejected: on a dataset, a network, a checkpoint or an output directory that does not fit; nothing has been
+            written then. And after training, where it ended before its actor began or best.pt is none.
         Diverged: when a loss is not finite or a value has exploded; the last checkpoint is kept.
         EvaluationError: when an evaluation failed; a checkpoint has been saved.
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, with a checkpoint saved.
+        ExportError: when the policy's file is not the network that was trained; a checkpoint has been saved.
+        OSError: when something cannot be read or written.
+        torch.OutOfMemoryError: when the device has too little memory.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, with a checkpoint saved; on a second one, perhaps without.
     """
     if not config.resume and config.output.exists() and any(config.output.iterdir()):
         raise Rejected("--output", "a new or empty directory", str(config.output), "choose another, or add --resume")
+    version = code_version()  # now: by the end of a long run the checkout may be at another commit
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -54,9 +59,10 @@ def train(config: RunConfig) -> Path:
         evaluations = None
     if config.resume:
         if run.processes.leads:
-            for name in (CHECKPOINT, BEST, POLICY):
-                remove_unfinished(config.output / name)
+            _clear_up(config.output)
         run.restore()
+        if evaluations:
+            evaluations.resume()
     if run.processes.leads:
         _record(config)  # only now is the directory taken: a mistyped flag must not take it
         _describe(run)
@@ -64,19 +70,38 @@ def train(config: RunConfig) -> Path:
         with _interrupt_noted() as stop:
             try:
                 _loop(run, evaluations, stop)
-            except EvaluationError:
+            except EvaluationError as error:
                 run.save()
                 if not stop.wait(SAME_SIGNAL_S):  # who ends a whole job ends its evaluation first, perhaps
-                    raise
+                    raise EvaluationError(f"{error}\n{_without_evaluation(run)}") from error
         if stop.is_set():
             raise KeyboardInterrupt
-        return _export(run, evaluations) if run.processes.leads else config.output / POLICY
+        return _export(run, evaluations, version) if run.processes.leads else config.output / POLICY
     finally:
         if evaluations is not None:
             evaluations.stop()
 
 
-def _export(run: Run, evaluations: Evaluations | None) -> Path:
+def _clear_up(output: Path) -> None:
+    """What processes that were killed while they wrote have left."""
+    for name in (CHECKPOINT, BEST, POLICY):
+        remove_unfinished(output / name)
+    for scratch in (output / FOLDER).glob(".update-*.pt.????????"):
+        scratch.unlink()
+
+
+def _without_evaluation(run: Run) -> str:
+    """How to come to a policy where evaluation cannot be had."""
+    config, flags = run.config, ["--eval-every", "None"]
+    if config.patience:
+        flags += ["--patience", "None"]
+    if not (config.minutes or config.updates):  # patience alone would have ended it
+        flags += ["--updates", str(run.updates)]
+    how = to_resume(config.output, *flags)
+    return f"What was learned is saved; without evaluations, to a policy from the last weights: {how}"
+
+
+def _export(run: Run, evaluations: Evaluations | None, version: str) -> Path:
     """policy.onnx from the best weights that evaluation found, or from the last ones."""
     config, updates, success = run.config, run.updates, None
     if not run.has_policy:
@@ -84,11 +109,11 @@ def _export(run: Run, evaluations: Evaluations | None) -> Path:
         raise Rejected("--minutes or --updates", values, f"{run.updates} updates", "give more, with --resume")
     results = evaluations.results() if evaluations else []
     if config.keep == "best" and results:
-        state = saved(config.output / BEST, "the best snapshot of this run", "add --keep last", run.device)
+        state = saved(config.output / BEST, "the best snapshot of this run", "add --keep last", run.device, {"agent"})
         run.learner.agent.load_state_dict(state["agent"])
         success = best(results)
         updates = success.update
-    provenance = Provenance(config.algo, config.equivariance, config.network.group, config.seed, updates)
+    provenance = Provenance(config.algo, config.equivariance, config.network.group, config.seed, updates, version)
     path = config.output / POLICY
     manifest = export(run.learner.agent, run.dataset, provenance, path, evaluation=_told(success))
     print(
@@ -180,12 +205,14 @@ def _log_success(results: list[Result], log: SummaryWriter) -> None:
         for name, value in (("rate", result.success_rate), ("wilson_low", low), ("wilson_high", high)):
             log.add_scalar(f"success/{name}", value, result.update)
         tqdm.write(f"update {result.update}: {result.successes} of {result.episodes} episodes succeeded")
+    if results:  # they are told once: a kill must not take them out of the curve
+        log.flush()
 
 
 def _log(run: Run) -> SummaryWriter:
     """The leader's curves; the other processes write theirs nowhere."""
     if run.processes.leads:
-        return SummaryWriter(str(run.config.output / "tensorboard"), purge_step=run.updates + 1)
+        return SummaryWriter(str(run.config.output / TENSORBOARD), purge_step=run.updates + 1)
     return contextlib.nullcontext()  # type: ignore[return-value]
 
 
@@ -224,7 +251,7 @@ def _record(config: RunConfig) -> None:
 def main() -> int:
     try:
         config = parse(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     logging.basicConfig(format="%(message)s")
@@ -234,10 +261,17 @@ def main() -> int:
     except (Rejected, Diverged, EvaluationError, ExportError, OSError) as error:
         print(f"training stopped: {error}", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError as error:
+        print(
+            f"training stopped: {error}\nStart a new run with a smaller --batch-size or narrower --network.fields, or "
+            "take --device cpu",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
-        how = f"python -m training.run --resume --output {shlex.quote(str(config.output))}"
+        how = f"; continue with: {to_resume(config.output)}"
         begun = (config.output / CHECKPOINT).exists()
-        print(f"\ninterrupted{f'; continue with: {how}' if begun else ' before the first update'}", file=sys.stderr)
+        print(f"\ninterrupted{how if begun else ' before the first update'}", file=sys.stderr)
         return 128 + signal.SIGINT
     finally:
         distributed.leave()

@@ -105,7 +105,7 @@ def set_apart(target: nn.Module) -> None:
 
 def leave_out_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """`train` ends before its export, which takes longer than a small run."""
-    monkeypatch.setattr("training.run._export", lambda run, _: run.config.output / "policy.onnx")
+    monkeypatch.setattr("training.run._export", lambda run, *_: run.config.output / "policy.onnx")
 
 
 @pytest.fixture

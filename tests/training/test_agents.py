@@ -412,3 +412,9 @@ def test_cql_s_knobs_outside_their_range_are_refused(bad: dict[str, Any]) -> Non
 def test_knobs_outside_their_range_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):
         IQLConfig(**bad)
+
+
+@pytest.mark.parametrize("knob", ["temperature", "largest_weight", "target_rate"])
+def test_a_knob_that_is_no_number_is_refused_by_name(knob: str) -> None:
+    with pytest.raises(ValueError, match=rf"iql\.{knob} must .*nan"):
+        IQLConfig(**{knob: float("nan")})

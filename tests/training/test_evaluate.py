@@ -96,6 +96,30 @@ def test_a_snapshot_is_evaluated_by_hand_to_the_same_result(drawer: Path, tmp_pa
     assert not snapshot.exists()
 
 
+def test_a_snapshot_that_waits_is_not_overwritten_by_other_weights(drawer: Path, tmp_path: Path) -> None:
+    """As where a run was killed, and comes to the same update anew: the evaluation may have read the first already."""
+    run, evaluations, snapshot = waiting(drawer, tmp_path / "run")
+    before = snapshot.read_bytes()
+    with torch.no_grad():
+        next(run.learner.agent.parameters()).add_(1.0)
+    evaluations.take()
+    evaluations.stop()
+    assert snapshot.read_bytes() == before
+
+
+def test_a_resumed_run_tells_no_result_again(drawer: Path, tmp_path: Path) -> None:
+    run, evaluations, snapshot = waiting(drawer, tmp_path / "run")
+    result = {"update": 1, "successes": 1, "episodes": 2}
+    snapshot.with_suffix(".json").write_text(json.dumps(result))
+    assert evaluations.poll() == [Result(1, 1, 2)]
+    rewound = Evaluations(Run(run.config))
+    rewound.resume()  # to before that update: the curves were cut there
+    assert rewound.poll() == [Result(1, 1, 2)]
+    evaluations = Evaluations(run)
+    evaluations.resume()
+    assert evaluations.poll() == []
+
+
 def test_an_evaluation_plays_the_agent_s_own_actions_in_scenes_of_its_own(
     drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +146,9 @@ def instead_of_an_evaluation(script: str, monkeypatch: pytest.MonkeyPatch) -> No
     popen = subprocess.Popen
 
     def start(command: list[str], **options: Any) -> "subprocess.Popen[str]":
-        return popen([sys.executable, "-c", script, *command[3:]], **options)
+        if "training.evaluate" in command:
+            command = [sys.executable, "-c", script, *command[3:]]
+        return popen(command, **options)  # git's, too
 
     monkeypatch.setattr("training.evaluations.subprocess.Popen", start)
 
@@ -143,10 +169,12 @@ def test_the_weights_to_keep_are_those_that_are_exported(
 ) -> None:
     exported: dict[str, torch.Tensor] = {}
     claimed = []
+    versions = iter(("as it began", "as it ended"))
+    monkeypatch.setattr("training.run.code_version", lambda: next(versions))
 
     def noted(agent: Agent, _data: Any, provenance: Provenance, *_: Any, **_more: Any) -> Manifest:
         exported.update({name: value.clone() for name, value in agent.state_dict().items()})
-        claimed.append(provenance.updates)
+        claimed.append((provenance.updates, provenance.code_version))
         return tiny_manifest(small_spec(), random_golden(small_spec()))
 
     monkeypatch.setattr("training.run.export", noted)
@@ -156,7 +184,7 @@ def test_the_weights_to_keep_are_those_that_are_exported(
     best_weights = torch.load(run / "best.pt", weights_only=True)["agent"]
     assert not same(best_weights, weights(run)), "or nothing would show"
     assert same(exported, best_weights if keep == "best" else weights(run))
-    assert claimed == [update]
+    assert claimed == [(update, "as it began")]
 
 
 def test_what_was_learned_outlives_an_evaluation_that_fails(

@@ -31,7 +31,7 @@ from training.data.dataset import Dataset
 from training.export import ExportError, Graph, Provenance, export, to_onnx, write
 from training.networks.family import EQUIVARIANCE
 
-PROVENANCE = Provenance("bc", "both", "C8", seed=1, updates=60)
+PROVENANCE = Provenance("bc", "both", "C8", seed=1, updates=60, code_version="test")
 
 
 def trained(
@@ -316,3 +316,18 @@ def test_the_commit_of_a_checkout_around_an_installation_is_not_ours(
     assert "+" not in export_module.code_version()
     subprocess.run([*git, "add", "lib"], check=True)
     assert "+" in export_module.code_version()
+
+
+def test_a_checkout_whose_files_differ_from_its_commit_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    ours = tmp_path / "training" / "export.py"
+    ours.parent.mkdir()
+    ours.touch()
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "ours"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(export_module, "__file__", str(ours))
+    (tmp_path / "notes.txt").write_text("in no commit, and no code")
+    clean = export_module.code_version()
+    assert "+" in clean
+    ours.write_text("pass")
+    assert export_module.code_version() == f"{clean}.dirty"

@@ -187,9 +187,11 @@ def test_checkpoints_hold_no_caches_and_older_ones_that_do_are_read(reach_path: 
 def test_resuming_clears_up_after_a_process_that_was_killed_while_it_saved(reach_path: Path, tmp_path: Path) -> None:
     args = arguments(reach_path, tmp_path / "run", "--updates", "2")
     begun(args)
-    (tmp_path / "run" / ".checkpoint.pt.x7_aY9k2").write_bytes(b"half of it")
+    (tmp_path / "run" / "evaluations").mkdir()
+    for name in (".checkpoint.pt.x7_aY9k2", "evaluations/.update-0000001.pt.x7_aY9k2"):
+        (tmp_path / "run" / name).write_bytes(b"half of it")
     train(parse([*args, "--resume"]))
-    assert not list((tmp_path / "run").glob(".*"))
+    assert not list((tmp_path / "run").rglob(".*"))
 
 
 def test_processes_that_resume_from_different_checkpoints_refuse(

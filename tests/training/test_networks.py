@@ -328,6 +328,11 @@ def test_groups_without_quarter_turns_are_refused(group: str) -> None:
         NetworkConfig(group=group)
 
 
+def test_critics_without_end_are_refused() -> None:
+    with pytest.raises(ValueError, match="critic_width must be positive and finite"):
+        NetworkConfig(critic_width=math.inf)
+
+
 def test_a_view_that_does_not_fit_the_fields_says_which_pooling_does() -> None:
     with pytest.raises(Rejected, match=r"--network\.pool 4"):
         stages(NetworkConfig(), ObservationSpec(height=256, width=256))

@@ -59,6 +59,15 @@ def test_a_row_takes_success_from_the_curves_and_from_the_server_s_report(runs: 
     assert cell(Run.read(runs[0]), "success through the server") == "90% (60% to 98%)"
 
 
+def test_the_best_is_what_was_exported(runs: list[Path]) -> None:
+    """After --resume with fewer --eval-episodes: of 5 all may succeed."""
+    run = Run.read(runs[1])
+    steps, rates, ends = np.array([20, 40]), np.array([0.97, 1.0]), ([0.92, 0.57], [0.99, 1.0])
+    for tag, values in zip(("success/rate", "success/wilson_low", "success/wilson_high"), (rates, *ends), strict=True):
+        run.curves[tag] = steps, np.array(values)
+    assert cell(run, "success in training") == "best 97% (92% to 99%) at update 20, last 100%"
+
+
 def test_an_evaluation_that_is_being_written_is_left_out(runs: list[Path], tmp_path: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -98,6 +107,7 @@ def test_what_is_no_run_and_another_s_file_are_no_traceback(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (runs[1] / "notes.json").write_text("no JSON")
+    (runs[1] / "folder.json").mkdir()
     for run, output, status in (
         (runs[1], tmp_path / "page.html", 0),
         (runs[1] / "policy.onnx", tmp_path / "other.html", 1),
@@ -106,6 +116,16 @@ def test_what_is_no_run_and_another_s_file_are_no_traceback(
         monkeypatch.setattr("sys.argv", ["report", str(run), "--output", str(output)])
         assert main() == status
     assert capsys.readouterr().err.count("no report") == 2
+
+
+def test_a_page_of_no_runs_does_not_replace_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.html").write_text("of yesterday's runs")
+    monkeypatch.setattr("sys.argv", ["report", "--output", str(tmp_path / "report.html")])
+    assert main() == 1
+    assert "expected one or more runs" in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_text() == "of yesterday's runs"
 
 
 def test_runs_of_the_same_name_go_by_their_paths(runs: list[Path], tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ class Learner:
             return f"{', '.join(bad)} not finite"
         for name in ("values/q", "values/v"):
             if abs(scalars.get(name, 0.0)) > self._value_bound:
-                beyond = f"ten times what any policy could earn, {self._value_bound:.3g}"
+                beyond = f"{self._value_bound:.3g}: ten times the largest return that rewards allow, and at least 10"
                 return f"{name} exploded: {scalars[name]:.3g} is beyond {beyond}"
         return None
 

@@ -41,7 +41,8 @@ class CQLConfig:
     entropy_temperature: float = 0.01
     """Where alpha starts: what a unit of entropy is worth, in reward."""
     target_entropy: float | None = None
-    """Of the policy, in nats. Left out: minus the number of action components."""
+    """Of the policy, in nats. Left out: minus the number of action components. As scales have a floor, a policy gets
+    so low only with motions near their bounds: short of that, alpha only decays."""
     cloning_weight: float = 0.0
     """Of the advantage-weighted log-likelihood of recorded actions in the actor's loss. 0 is CQL as published: the
     actor learns from Q alone, which takes many more updates."""
@@ -105,8 +106,7 @@ class CQL(Agent):
         features = self.critic.encode(batch.state)  # [B, F], once, for every action below
         with torch.no_grad():
             next_pi = self.actor(batch.next_state)
-            next_features = self.target_critic.encode(batch.next_state)
-            next_value, _ = self._soft_value(self.target_critic, next_features, next_pi)
+            next_value, _ = self._soft_value(self.target_critic, self.target_critic.encode(batch.next_state), next_pi)
             backup = batch.reward + batch.discount * next_value  # [B]
             action, log_density = self._propose(pi, next_pi, batch.action)
         recorded = self.critic.score(features, batch.action)  # [2, B]
@@ -166,8 +166,7 @@ class CQL(Agent):
         """The conservative loss and, in the Lagrangian variant, the loss that adapts its weight (CQL, appendix F)."""
         if self.cfg.gap is None:
             return self.cfg.conservative_weight * gap.sum(), {}
-        weight = self.log_weight.exp()
-        excess = gap - self.cfg.gap
+        weight, excess = self.log_weight.exp(), gap - self.cfg.gap
         return (weight.detach() * excess).sum(), {
             "losses/multiplier": -(weight * excess.detach()).sum(),
             "values/multiplier": weight,
@@ -193,6 +192,7 @@ class CQL(Agent):
         return self.critic
 
     def state_value(self, state: State) -> Float[Tensor, " B"]:
+        """Q of the greedy action, whose command, an expectation, may lie between the two that Q learned."""
         return self.critic(state, self.actor(state).mode()).amin(dim=0)
 
     def export_value(self) -> nn.Module:

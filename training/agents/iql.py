@@ -37,11 +37,16 @@ class IQLConfig:
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.expectile < 1.0:
-            raise ValueError(f"expectile must lie in [0.5, 1), got {self.expectile}; the paper uses 0.8")
+            raise ValueError(f"iql.expectile must lie in [0.5, 1), got {self.expectile}; the paper uses 0.8")
         if not 0 <= self.values_first < 1:
-            raise ValueError(f"values_first must be a share of the budget, in [0, 1), got {self.values_first}")
-        if self.temperature <= 0 or self.largest_weight <= 0 or not 0 < self.target_rate <= 1 or self.warm_up < 0:
-            raise ValueError(f"temperature, largest_weight and target_rate must be positive, got {self}")
+            raise ValueError(f"iql.values_first must be a share of the budget, in [0, 1), got {self.values_first}")
+        for name in ("temperature", "largest_weight"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"iql.{name} must be positive, got {getattr(self, name)}")
+        if not 0 < self.target_rate <= 1:
+            raise ValueError(f"iql.target_rate must lie in (0, 1], got {self.target_rate}; the paper uses 0.005")
+        if self.warm_up < 0:
+            raise ValueError(f"iql.warm_up must not be negative, got {self.warm_up}")
 
 
 class IQL(Agent):

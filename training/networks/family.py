@@ -49,8 +49,8 @@ class NetworkConfig:
             raise ValueError(f"group must hold the quarter turns: C4, C8, C16, D4, D8, ..., got {self.group}")
         if min(self.fields, default=0) < 1 or self.hidden < 1 or self.pool < 1:
             raise ValueError(f"fields, hidden and pool must be positive, got {self.fields}, {self.hidden}, {self.pool}")
-        if not self.critic_width > 0:
-            raise ValueError(f"critic_width must be positive, got {self.critic_width}")
+        if not 0 < self.critic_width < math.inf:
+            raise ValueError(f"critic_width must be positive and finite, got {self.critic_width}")
 
     @property
     def of_critics(self) -> "NetworkConfig":

@@ -233,8 +233,9 @@ class Run:
 
     def _read(self, path: Path) -> None:
         state = self._checkpoint()
+        self.updates, self.seconds = state["updates"], state["seconds"]
         count = state.get("processes", self.processes.count)  # older checkpoints have none
-        if count != self.processes.count:
+        if count != self.processes.count and self.progress < 1:  # else there is only the export left, which is one's
             remedy = f"resume with torchrun --nproc-per-node {count}" if count > 1 else "resume without torchrun"
             raise Rejected("processes", f"{count}, as the run was started", str(self.processes.count), remedy)
         if state["dataset_sha256"] != self.dataset.sha256:
@@ -247,7 +248,6 @@ class Run:
             raise Rejected(
                 str(path), "a checkpoint of this version's networks", str(error).splitlines()[0], "start a new run"
             ) from error
-        self.updates, self.seconds = state["updates"], state["seconds"]
         if extraction := state.get("extraction"):  # older checkpoints have none
             self._rest_values(Extraction(**extraction | {"weights": extraction["weights"].cpu()}))
 

@@ -44,7 +44,7 @@ class Rejected(ValueError):
 
     def within(self, where: str) -> "Rejected":
         """The same refusal, where `where` comes before the field: "episode 3, " or "metadata."."""
-        return Rejected(where + self.field, self.expected, self.got, self.remedy, self.status)
+        return type(self)(where + self.field, self.expected, self.got, self.remedy, self.status)
 
 
 def shown(text: str, length: int = 64) -> str:

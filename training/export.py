@@ -54,7 +54,7 @@ class Provenance:
     seed: int
     updates: int
     code_version: str
-    """Of the code that trained it, which may have changed under a long run: see `code_version`."""
+    """Of the code that began to train it: by the end of a long run, the checkout may be at another commit."""
 
 
 class Graph(nn.Module):

@@ -75,6 +75,9 @@ class Run:
             processes=self.processes,
         )
         self.updates, self.seconds = 0, 0.0
+        self.learned_by = self.processes.count
+        self.code_version = ""
+        """Of the code that began it, as `train` says; an export may be years later."""
         self.extraction: Extraction | None = None
         """Once values rest: see `training.agents.agent.Agent.values_first`."""
 
@@ -186,7 +189,14 @@ class Run:
         kept = f". The last good checkpoint, of update {state['updates']}, is kept"
         if not state["updates"] or (self.learner.agent.values_first and not state.get("extraction")):
             return kept  # it has no policy yet
-        return f"{kept}; to a policy from it: {to_resume(self.config.output, '--updates', str(state['updates']))}"
+        return f"{kept}; to a policy from it: {self.to_policy('--updates', str(state['updates']))}"
+
+    def to_policy(self, *flags: str) -> str:
+        """The command that goes on with the run, without evaluations, to a policy from its last weights."""
+        config = self.config
+        flags += ("--eval-every", "None") if config.eval_every else ()
+        flags += ("--patience", "None") if config.patience else ()
+        return to_resume(config.output, *flags)
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all. Raises Diverged where weights are NaN; the one before stays."""
@@ -198,7 +208,7 @@ class Run:
             )
         extraction = self.extraction and vars(self.extraction)
         state = {"learner": self.learner.state_dict(), "dataset_sha256": self.dataset.sha256, "extraction": extraction}
-        self.write(CHECKPOINT, state | {"processes": self.processes.count})
+        self.write(CHECKPOINT, state | {"processes": self.learned_by, "code_version": self.code_version})
         self._forget_a_divergence()
 
     def _forget_a_divergence(self) -> None:
@@ -234,7 +244,8 @@ class Run:
     def _read(self, path: Path) -> None:
         state = self._checkpoint()
         self.updates, self.seconds = state["updates"], state["seconds"]
-        count = state.get("processes", self.processes.count)  # older checkpoints have none
+        self.code_version = state.get("code_version", self.code_version)  # older checkpoints have none, nor the next
+        count = self.learned_by = state.get("processes", self.processes.count)
         if count != self.processes.count and self.progress < 1:  # else there is only the export left, which is one's
             remedy = f"resume with torchrun --nproc-per-node {count}" if count > 1 else "resume without torchrun"
             raise Rejected("processes", f"{count}, as the run was started", str(self.processes.count), remedy)
@@ -255,7 +266,7 @@ class Run:
 def saved(
     path: Path, expected: str, remedy: str, device: torch.device, holds: Set[str] = frozenset()
 ) -> dict[str, Any]:
-    """What `Run.write` wrote, which `holds` so named parts.
+    """What `Run.write` wrote, if it has the parts named in `holds`.
 
     Raises Rejected where the file is none of those, OSError where it cannot be read.
     """

@@ -44,16 +44,16 @@ def train(config: RunConfig) -> Path:
         EvaluationError: when an evaluation failed; a checkpoint has been saved.
         ExportError: when the policy's file is not the network that was trained; a checkpoint has been saved.
         OSError: when something cannot be read or written.
-        torch.OutOfMemoryError: when the device has too little memory.
+        torch.OutOfMemoryError: when the GPU has too little memory.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, with a checkpoint saved; on a second one, perhaps without.
     """
     if not config.resume and config.output.exists() and any(config.output.iterdir()):
         raise Rejected("--output", "a new or empty directory", str(config.output), "choose another, or add --resume")
-    version = code_version()  # now: by the end of a long run the checkout may be at another commit
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     run = Run(config)
+    run.code_version = code_version()  # now: by the end of a long run the checkout may be at another commit
     evaluations = Evaluations(run) if config.eval_every else None  # in all processes: all refuse, or none
     if not run.processes.leads:
         evaluations = None
@@ -76,7 +76,7 @@ def train(config: RunConfig) -> Path:
                     raise EvaluationError(f"{error}\n{_without_evaluation(run)}") from error
         if stop.is_set():
             raise KeyboardInterrupt
-        return _export(run, evaluations, version) if run.processes.leads else config.output / POLICY
+        return _export(run, evaluations) if run.processes.leads else config.output / POLICY
     finally:
         if evaluations is not None:
             evaluations.stop()
@@ -92,16 +92,12 @@ def _clear_up(output: Path) -> None:
 
 def _without_evaluation(run: Run) -> str:
     """How to come to a policy where evaluation cannot be had."""
-    config, flags = run.config, ["--eval-every", "None"]
-    if config.patience:
-        flags += ["--patience", "None"]
-    if not (config.minutes or config.updates):  # patience alone would have ended it
-        flags += ["--updates", str(run.updates)]
-    how = to_resume(config.output, *flags)
+    by_patience = not (run.config.minutes or run.config.updates)  # it alone would have ended the run
+    how = run.to_policy(*(("--updates", str(run.updates)) if by_patience else ()))
     return f"What was learned is saved; without evaluations, to a policy from the last weights: {how}"
 
 
-def _export(run: Run, evaluations: Evaluations | None, version: str) -> Path:
+def _export(run: Run, evaluations: Evaluations | None) -> Path:
     """policy.onnx from the best weights that evaluation found, or from the last ones."""
     config, updates, success = run.config, run.updates, None
     if not run.has_policy:
@@ -113,7 +109,9 @@ def _export(run: Run, evaluations: Evaluations | None, version: str) -> Path:
         run.learner.agent.load_state_dict(state["agent"])
         success = best(results)
         updates = success.update
-    provenance = Provenance(config.algo, config.equivariance, config.network.group, config.seed, updates, version)
+    provenance = Provenance(
+        config.algo, config.equivariance, config.network.group, config.seed, updates, run.code_version
+    )
     path = config.output / POLICY
     manifest = export(run.learner.agent, run.dataset, provenance, path, evaluation=_told(success))
     print(

@@ -14,11 +14,10 @@ matrix product in the same precision, so the floor over the update is the share 
 the convolutions take is read off the profiler, as each takes less than its launch.
 """
 
-import contextlib
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
@@ -136,8 +135,8 @@ def gpu_rate(dtype: torch.dtype) -> float:
 
 
 def gpu_convolutions(learner: Learner, batch: Batch) -> float:
-    """Seconds that an update's convolutions take, with what they do to their images' formats."""
-    with plainly(learner), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    """Seconds that an update's convolutions, launched one by one, take with what they do to their images' formats."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         learner.update(batch)
         wait()
     convolutions = ("aten::cudnn_convolution", "aten::convolution_backward")
@@ -154,10 +153,10 @@ def measure(preset: str, algo: str, precision: str, rounds: int, device: str) ->
     def learner_on(device: str) -> Learner:
         return Learner(make_agent(config, SPEC).to(device), config.learning_rate, bf16=precision == "bf16")
 
-    on_cpu = learner_on("cpu")
-    with Recorder() as recorder, plainly(on_cpu):  # there, because a GPU only replays what it once did
-        on_cpu.update(random_batch(config.batch_size, "cpu"))
-    learner, batch = learner_on(device), random_batch(config.batch_size, device)
+    with Recorder() as recorder, plain_convolutions():  # on a CPU: a GPU only replays what it once did
+        learner_on("cpu").update(random_batch(config.batch_size, "cpu"))
+    learner, plainly, batch = learner_on(device), learner_on(device), random_batch(config.batch_size, device)
+    plainly.records = False
     learner.update(batch)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     flop = sum(count * call.flop for call, count in recorder.calls.items())
@@ -165,8 +164,8 @@ def measure(preset: str, algo: str, precision: str, rounds: int, device: str) ->
     update, plain, bare, fastest = [], [], [], dict.fromkeys(alone, float("inf"))
     for _ in range(rounds):
         update.append(seconds(lambda: learner.update(batch)))
-        with plainly(learner):
-            plain.append(seconds(lambda: learner.update(batch)))
+        with plain_convolutions():
+            plain.append(seconds(lambda: plainly.update(batch)))
         took = {call: seconds(work) for call, work in alone.items()}
         bare.append(sum(recorder.calls[call] * took[call] for call in took))
         fastest = {call: min(fastest[call], took[call]) for call in took}
@@ -174,18 +173,16 @@ def measure(preset: str, algo: str, precision: str, rounds: int, device: str) ->
     rate = gpu_rate(dtype) if on_gpu else max(call.flop / fastest[call] for call in fastest)
     floor = flop / rate
     took_s, plain_s = statistics.median(update), statistics.median(plain)
-    bare_s = gpu_convolutions(learner, batch) if on_gpu else statistics.median(bare)
+    bare_s = gpu_convolutions(plainly, batch) if on_gpu else statistics.median(bare)
     return (
         f"| {preset} | {algo} | {precision} | {flop / 1e9:.0f} | {rate / 1e9:.0f} | {floor:.3g} | {bare_s:.3g} | "
         f"{plain_s:.3g} | {took_s:.3g} | {took_s / floor:.2f} | {took_s / bare_s:.2f} |"
     )
 
 
-@contextlib.contextmanager
-def plainly(learner: Learner) -> Iterator[None]:
-    """Inside it every convolution is a plain one, and a GPU's kernels are launched one by one."""
-    with mock.patch.object(Harmonics, "pays", return_value=False), mock.patch.object(learner, "records", False):
-        yield
+def plain_convolutions() -> Any:
+    """Inside it no convolution goes by harmonics."""
+    return mock.patch.object(Harmonics, "pays", return_value=False)
 
 
 def main() -> None:

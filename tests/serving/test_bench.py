@@ -95,6 +95,19 @@ def test_where_its_figures_cannot_be_written_no_load_is_made(tmp_path, monkeypat
     assert f"'{tmp_path}'" in capsys.readouterr().err
 
 
+def test_what_was_measured_is_told_where_it_can_no_longer_be_written(tmp_path, monkeypatch, capsys):
+    def measured(bench):
+        bench.output.mkdir()
+        return [], 1.0
+
+    monkeypatch.setattr(sys, "argv", ["serving.bench", "--output", str(tmp_path / "found.json")])
+    monkeypatch.setattr("serving.bench.load", measured)
+    assert main() == 2
+    said = capsys.readouterr()
+    assert "answers a second" in said.out
+    assert "found.json" in said.err
+
+
 def test_it_waits_for_a_server_that_is_still_proving(healthy, tmp_path):
     with Server(settings(healthy)) as server, ThreadPoolExecutor(1) as pool:
         asked = ("--server", server.address, "--seconds", 0.5, "--deadline-ms", 20_000)

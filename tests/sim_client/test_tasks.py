@@ -159,12 +159,15 @@ def test_a_block_in_the_bowl_between_the_fingers_has_not_been_put_there() -> Non
     env = gymnasium.make(ENV_IDS["block_in_bowl"])
     env.reset(seed=1)
     bare = unwrapped(env)
-    while not bare.task._in_bowl:
+    for _ in range(MAX_STEPS):
+        if bare.task._in_bowl:
+            break
         action = expert(env)
         loose = action[ACTION.slice_of("gripper")] > 0.5 and bare.arm.holding
         if loose:  # over the bowl, where the expert lets go
             action[ACTION.slice_of("gripper")] = 0.545
         env.step(action)
+    assert bare.task._in_bowl
     for _ in range(3):
         still = np.zeros(ACTION.size, np.float32)
         still[ACTION.slice_of("gripper")] = 0.545

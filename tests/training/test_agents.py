@@ -372,7 +372,7 @@ def test_what_is_replayed_sees_each_batch_and_is_recorded_again_when_values_rest
         replayed._optimiser.step()
         if not rest:
             replayed.agent.follow()
-        (recorded,) = [recorded for _, recorded in replayed._recorded.values()]
+        _, _, recorded = replayed._recorded
         seen.append((recorded, recorded.times))
     assert [times for _, times in seen] == [1, 2, 1, 2]
     assert seen[0][0] is seen[1][0] is not seen[2][0] is seen[3][0]

@@ -53,7 +53,8 @@ def test_where_evaluation_fails_the_command_that_does_without_it_is_one(
 
 @pytest.mark.usefixtures("without_export")
 def test_a_run_that_diverged_names_the_command_that_exports_its_checkpoint(reach_path: Path, tmp_path: Path) -> None:
-    config = parse(arguments(reach_path, tmp_path, "--updates", "9", "--algo", "iql"))
+    evaluated = ("--eval-every", "3", "--patience", "2")
+    config = parse(arguments(reach_path, tmp_path, "--updates", "9", "--algo", "iql", *evaluated))
     _record(config)
     run = Run(config)
     run.step()
@@ -65,7 +66,9 @@ def test_a_run_that_diverged_names_the_command_that_exports_its_checkpoint(reach
     next(run.learner.agent.parameters()).data[0] = float("inf")
     with pytest.raises(Diverged, match="to a policy from it: "):
         run.save()
-    train(as_told(str(diverged.value)))
+    told = as_told(str(diverged.value))
+    assert told.eval_every is None  # else the best snapshot would be exported, if there is one
+    train(told)
     assert same(weights(tmp_path), good)
 
 
@@ -123,7 +126,11 @@ def test_a_run_is_resumed_by_as_many_processes(reach_path: Path, tmp_path: Path)
     torch.save(state | {"processes": 2}, tmp_path / CHECKPOINT)
     with pytest.raises(Rejected, match="2, as the run was started, got 1; resume with torchrun --nproc-per-node 2"):
         Run(parse(args)).restore()
-    Run(parse(arguments(reach_path, tmp_path, "--updates", "1"))).restore()  # nothing is left but the export
+    whole = Run(parse(arguments(reach_path, tmp_path, "--updates", "1")))
+    whole.restore()  # nothing is left but the export
+    whole.save()
+    with pytest.raises(Rejected, match="2, as the run was started, got 1"):
+        Run(parse(args)).restore()
     del state["processes"]  # as in older checkpoints
     torch.save(state, tmp_path / CHECKPOINT)
     Run(parse(args)).restore()

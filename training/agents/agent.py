@@ -92,8 +92,9 @@ class Learner:
         groups += [{"params": [parameter], "times": times} for parameter, times in faster.items()]
         self._optimiser = torch.optim.Adam(groups, lr=learning_rate, fused=True)
         self.records = processes.count == 1
-        """Whether a GPU replays what it once recorded. Where processes wait for each other, it does not."""
-        self._recorded: dict[bool, tuple[Batch, Recorded[tuple[list[str], Tensor]]]] = {}
+        """Whether a GPU replays what it once recorded; not where processes wait for each other. To be changed before
+        the first update alone: a replay writes into its recording's gradients, whatever the parameters have by then."""
+        self._recorded: tuple[bool, Batch, Recorded[tuple[list[str], Tensor]]] | None = None
 
     def update(self, batch: Batch, rate: float = 1.0) -> dict[str, float]:
         """One step at `rate` times the learning rate; returns every loss and value by name.
@@ -123,11 +124,11 @@ class Learner:
     def _replay(self, batch: Batch) -> tuple[list[str], Tensor]:
         """The same, from a recording that is made once; and once more when values rest, as less is computed then."""
         rest = self.agent.values_rest
-        if rest not in self._recorded:
-            self._recorded.clear()  # first: the GPU may have no room for both
+        if self._recorded is None or self._recorded[0] != rest:
+            self._recorded = None  # first: the GPU may have no room for both
             own = copy.deepcopy(batch)
-            self._recorded[rest] = own, Recorded(lambda: self._differentiate(own))
-        own, recorded = self._recorded[rest]
+            self._recorded = rest, own, Recorded(lambda: self._differentiate(own))
+        _, own, recorded = self._recorded
         own.copy_(batch)
         return recorded()
 
@@ -141,7 +142,7 @@ class Learner:
         anywhere = self._processes.anywhere(wrong is not None, device)
         if wrong is not None:
             raise Diverged(wrong, scalars)
-        if anywhere:  # all stop, or the others would wait for this one's gradients
+        if anywhere:  # all stop, or the others would wait for this one's next gradients
             raise Diverged("another process's share of the batch has diverged", scalars, elsewhere=True)
 
     def _what_is_wrong(self, scalars: dict[str, float]) -> str | None:

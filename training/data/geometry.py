@@ -8,7 +8,7 @@ import numpy as np
 from protos.errors import Rejected
 from protos.spaces import PolicySpec
 from sim_client.episodes import Episode
-from training.data.formats.raw import Array, Raw, complete
+from training.data.formats.raw import Array, Misused, Raw, complete
 
 ROUNDING = 1e-6
 """So far beyond a bound, in its unit, arithmetic may put a value that lies on it."""
@@ -72,7 +72,7 @@ class Geometry:
         """With rewards and an end: whoever succeeds has terminated, unless the source says otherwise."""
         needed = {"reward": raw.reward, "done": raw.done, "all": np.zeros(0)}[self.success]
         if needed is None:
-            raise Rejected(self.success, f"in the source: success.from is {self.success!r}", "nothing")
+            raise Misused(self.success, f"in the source: success.from is {self.success!r}", "nothing")
         if self.success == "reward":
             reward = _numbers("reward", needed).reshape(-1).astype(np.float32)
             success = bool(len(reward) and reward[-1] > 0)
@@ -98,7 +98,7 @@ def _held(missing: float, dtype: np.dtype[Any]) -> float:
         bounds = np.iinfo(dtype)
         if not (bounds.min <= missing <= bounds.max and missing == int(missing)):
             remedy = "correct it in the geometry file, or leave it out"
-            raise Rejected("depth.missing", f"a value that the source's {dtype} can hold", str(missing), remedy)
+            raise Misused("depth.missing", f"a value that the source's {dtype} can hold", str(missing), remedy)
     return float(np.asarray(missing).astype(dtype))
 
 

@@ -1,8 +1,9 @@
 """One run of training as a frozen dataclass. Presets are YAML files beside this one; every value has a flag."""
 
 import argparse
+import difflib
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -25,7 +26,8 @@ ANEW = frozenset(
 )
 """What may differ when a run is resumed: where things lie, how long, on what it runs and how it is watched. The rest
 makes another run."""
-NESTED = {"network": NetworkConfig, "bc": BCConfig, "iql": IQLConfig, "cql": CQLConfig}
+ALGORITHMS = {"bc": BCConfig, "iql": IQLConfig, "cql": CQLConfig}
+NESTED = {"network": NetworkConfig, **ALGORITHMS}
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class RunConfig:
     seed: int = 0
     """Of initial weights, batches and augmentation."""
     minutes: float | None = None
-    """Stop after this many minutes of updates. Set-up, probes, checkpoints, waiting for the last evaluations and export
-    come on top."""
+    """Stop after this many minutes of updates, those before a --resume among them. Set-up, probes, checkpoints, waiting
+    for the last evaluations and export come on top."""
     updates: int | None = None
     """Stop after this many updates. With both limits, whichever comes first."""
     batch_size: int = 32
@@ -146,6 +148,9 @@ def parse(argv: list[str]) -> RunConfig:
         raise ValueError(f"--{config.algo}.values-first is a share of a budget: give --minutes or --updates")
     if resumed:
         _require_same(defaults, config)
+    for name in ALGORITHMS:
+        if name != config.algo and (flags := _changed(f"{name}.", getattr(given, name), getattr(config, name))):
+            raise ValueError(f"{flags[0][0]} means nothing to --algo {config.algo}: add --algo {name}, or leave it out")
     return config
 
 
@@ -193,11 +198,14 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(made: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The values, if they are what the fields of `made` say; names that are no fields are left to it."""
+    """The values, if they are what the fields of `made` say."""
     kinds = get_type_hints(made)
     for name, value in values.items():
+        if name not in {f.name for f in fields(made)}:
+            close = difflib.get_close_matches(name, (f.name for f in fields(made)), n=1)
+            raise TypeError(f"there is no {name}" + (f"; did you mean {close[0]}?" if close else ""))
         try:
-            if name in kinds and value is not tyro.MISSING:
+            if value is not tyro.MISSING:
                 check_type(value, kinds[name])
         except TypeCheckError as error:
             hint = "; YAML takes 1e-4 for text, write 1.0e-4" if isinstance(value, str) else ""
@@ -206,8 +214,17 @@ def _checked(made: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_same(recorded: RunConfig, given: RunConfig) -> None:
-    for name in (f.name for f in fields(RunConfig) if f.name not in ANEW):
-        old, new = getattr(recorded, name), getattr(given, name)
-        if old != new:
-            flag = f"--{name.replace('_', '-')}"
-            raise Rejected(flag, f"{old}, as the run was started", str(new), "start a new run for other settings")
+    for flag, old, new in _changed("", recorded, given):
+        raise Rejected(flag, f"{old}, as the run was started", str(new), "start a new run for other settings")
+
+
+def _changed(prefix: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """The flags by which two settings differ in what makes a run, with their values."""
+    found = []
+    for name in (f.name for f in fields(old) if prefix or f.name not in ANEW):
+        a, b = getattr(old, name), getattr(new, name)
+        if is_dataclass(a):
+            found += _changed(f"{name}.", a, b)
+        elif a != b:
+            found.append((f"--{prefix}{name}".replace("_", "-"), a, b))
+    return found

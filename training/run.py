@@ -61,6 +61,9 @@ def train(config: RunConfig) -> Path:
         if run.processes.leads:
             _clear_up(config.output)
         run.restore()
+        if run.progress >= 1 and run.processes.leads:
+            spent = f"{run.updates} updates, {run.seconds / 60:.1f} minutes"
+            print(f"the budget is used up ({spent}): exporting only; a larger --updates or --minutes goes on")
         if evaluations:
             evaluations.resume()
     if run.processes.leads:
@@ -232,6 +235,12 @@ def _describe(run: Run) -> None:
         + f"; {run.device.type}"
         + (f", {run.processes.count} processes" if run.processes.count > 1 else "")
     )
+    if config.algo != "bc" and not data.reward.any():
+        print(
+            f"no transition has a reward: all values will be 0, and {config.algo} learns nothing from them. Record "
+            "episodes that succeed among others, or imitate these by --algo bc --failures keep",
+            file=sys.stderr,
+        )
     floor_m = deepest_m(data.spec.observation)
     if blind := int((data.depth.flatten(1).amin(dim=1) >= floor_m).sum()):
         print(

@@ -104,3 +104,9 @@ def test_a_repair_stays_inside_the_module_it_is_for(name: str, module: str) -> N
     assert patched.array(values, copy=False) is values
     with pytest.raises(ValueError, match="copy"):
         np.array([1, 2], copy=False)
+
+
+def test_no_network_is_built_with_a_warning() -> None:
+    build = "from tests.training.conftest import NETWORK, SMALL; from training.networks.roles import make_critic"
+    script = f"{build}; make_critic(NETWORK, SMALL, frozenset(('critic',)))"
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", script], check=True)

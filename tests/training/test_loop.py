@@ -214,6 +214,14 @@ def test_frames_in_which_networks_see_nothing_are_told_of(tmp_path: Path, capsys
     assert "in 5 of 60 frames all is 0.4 m or more below the camera plane" in capsys.readouterr().err
 
 
+def test_values_without_any_reward_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_dataset(tmp_path / "data", reward=lambda episode: 0.0)
+    for algo, warned in (("iql", True), ("cql", True), ("bc", False)):
+        flags = ("--updates", "1", "--algo", algo, "--failures", "keep")
+        _describe(Run(parse(arguments(data, tmp_path / "run", *flags))))
+        assert ("no transition has a reward" in capsys.readouterr().err) is warned
+
+
 @pytest.mark.parametrize("damage", [b"PK half of it", b"a graph", b"", bytes(100), b"\x80\x02}q\x00."])
 def test_damage_of_whatever_kind_is_a_clear_error(damage: bytes, tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(damage)

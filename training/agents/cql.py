@@ -22,7 +22,7 @@ LARGEST_LOG_MULTIPLIER = math.log(1e6)
 
 @dataclass(frozen=True)
 class CQLConfig:
-    """Knobs of conservative Q-learning; the defaults are the paper's for this method."""
+    """Knobs of conservative Q-learning: the paper's for this method, where no preset has others."""
 
     conservative_weight: float = 1.0
     """Of the conservative gap beside the temporal-difference error; with --cql.gap, only where it starts."""

@@ -17,7 +17,7 @@ from training.networks.roles import Critic, make_actor, make_critic, make_value
 
 @dataclass(frozen=True)
 class IQLConfig:
-    """Knobs of implicit Q-learning; the defaults are the paper's for this method."""
+    """Knobs of implicit Q-learning: the paper's for this method, where no preset has others."""
 
     expectile: float = 0.8
     """Which expectile of Q over dataset actions V estimates; 0.5 is the mean, towards 1 the best seen action."""

@@ -5,6 +5,7 @@ has it.
 `ndarray.tostring`, gone since numpy 2.3, cannot be put back on a C type: pyproject.toml caps numpy instead.
 """
 
+import functools
 import types
 from typing import Any
 
@@ -20,6 +21,8 @@ def mend() -> None:
 
     # A basis with one element (a 1x1 convolution to trivial fields) is indexed with a uint8 mask, which torch refuses.
     singleblock.torch = _Overlay(torch, tensor=_boolean_mask, uint8=torch.bool)
+    # Without `indexing`, meshgrid means "ij", and warns at every command's start.
+    blocks.torch = _Overlay(torch, meshgrid=functools.partial(torch.meshgrid, indexing="ij"))
     # np.array(x, copy=False) meant "copy if needed" before numpy 2; dihedral groups with a standard irrep rely on it.
     utils.np = _Overlay(np, array=_copy_if_needed)
     # A basis is hashed by its numbers, and torch hashes every module at each parameters(): 20 ms for a critic.

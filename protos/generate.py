@@ -3,6 +3,7 @@
 The stubs are checked in so that an install needs no compiler. grpcio-tools (extra `dev`) generates them.
 """
 
+import argparse
 import importlib.resources
 import subprocess
 import sys
@@ -35,7 +36,9 @@ def stale() -> list[str]:
 
 
 def main() -> int:
-    if "--check" not in sys.argv[1:]:
+    parser = argparse.ArgumentParser(prog="python -m protos.generate", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where stubs are stale")
+    if not parser.parse_args().check:
         generate(ROOT)
         return 0
     names = stale()

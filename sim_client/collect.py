@@ -160,6 +160,9 @@ def prepare(config: Collect) -> About:
         actors = Actors(env, noise=0.0)
         for behavior in parse(config.behavior):
             actors.actor(behavior, np.random.default_rng())
+        for file, policy in actors.policies.items():
+            if (of := policy.manifest.task) != config.task:
+                print(f"policy {file} was trained for {of}, the task here is {config.task}", file=sys.stderr)
         policies = {str(file): policy.sha256 for file, policy in actors.policies.items()}
         assert env.spec is not None  # Gymnasium made it
         return About(

@@ -2,6 +2,7 @@
 
 import io
 import math
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,9 @@ def main() -> int:
     except OSError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     print(config.output)
     return 0
 

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import math
 import multiprocessing
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -178,9 +179,15 @@ def survey(config: Survey) -> str:
     for path in (config.output, *pictures.values()):
         require_writable(path)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.workers, mp_context=context) as pool:
+    quiet = (signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the workers too
+    with ProcessPoolExecutor(config.workers, context, initializer=signal.signal, initargs=quiet) as pool:
         measured = pool.map(measure, config.tasks, [config.episodes] * len(config.tasks))
-        results = list(tqdm(measured, total=len(config.tasks), unit="task", desc="survey"))
+        try:
+            results = list(tqdm(measured, total=len(config.tasks), unit="task", desc="survey"))
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # or the pool waits for whole tasks
+            raise
     for task, path in pictures.items():
         picture(task, path)
     text = page(config, results)
@@ -195,6 +202,9 @@ def main() -> int:
     except OSError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     print(text.partition("\n## ")[0])
     return 0
 

@@ -23,7 +23,8 @@ class World:
     elevation_deg: float = 45.0
     """How steeply the side view's camera looks down, 15 to 90."""
     strength: float | None = None
-    """How much the symmetry is broken, 0 to 1, in block_pushing_tilted and drawer_opening_fixed_side; usually 1."""
+    """How much the symmetry is broken, 0 to 1, in block_pushing_tilted and drawer_opening_fixed_side; left out, it is 1
+    there. No other task has it."""
     randomize: Randomization = field(default_factory=Randomization)
 
     def env_kwargs(self) -> dict[str, Any]:

@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from protos import generate
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Status
 from protos.generate import ROOT
@@ -15,6 +18,16 @@ def test_stubs_match_the_proto():
         [sys.executable, "-m", "protos.generate", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (check.returncode, check.stdout) == (0, "")
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--chek", 2)])
+def test_no_stub_is_rewritten_unasked(argument: str, code: int, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(generate, "generate", None)
+    monkeypatch.setattr(sys, "argv", ["generate", argument])
+    with pytest.raises(SystemExit) as ended:
+        generate.main()
+    assert ended.value.code == code
+    assert "--check" in "".join(capsys.readouterr())
 
 
 def test_proto_passes_buf_lint():

@@ -23,7 +23,7 @@ from serving.errors import PolicyRefused
 from sim_client import ENV_IDS, workers
 from sim_client.behaviors import GOLDEN, uniform
 from sim_client.calibrate import EPISODES, ROUNDS, calibrate
-from sim_client.collect import Collect, Summary, _noisy_recorder, collect, main
+from sim_client.collect import Collect, Summary, _noisy_recorder, collect, main, prepare
 from sim_client.episodes import Episode
 from sim_client.randomization import Randomization
 from sim_client.rollout import rollout
@@ -164,6 +164,14 @@ def test_a_policy_file_can_act(tmp_path: Path) -> None:
     assert episodes[0].behavior == f"policy:{policy}"
     with pytest.raises(PolicyRefused, match=r"nowhere\.onnx"):
         collected(tmp_path / "e", episodes=1, behavior=f"policy:{tmp_path}/nowhere.onnx")
+
+
+@pytest.mark.parametrize(("of", "told"), [("block_picking", False), ("drawer_opening", True)])
+def test_a_policy_of_another_task_acts_and_is_told_of_once(of: str, told: bool, tmp_path: Path, capsys) -> None:
+    file = tiny_policy_file(tmp_path / "policy.onnx", SPEC, task=of)
+    prepare(Collect(output=tmp_path / "d", task="block_picking", episodes=1, behavior=f"policy:{file}"))
+    said = f"policy {file} was trained for drawer_opening, the task here is block_picking\n"
+    assert capsys.readouterr().err == said * told
 
 
 @pytest.mark.parametrize("target", [0.3, 0.7])

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -41,3 +43,15 @@ def test_a_kind_of_picture_that_nobody_can_draw_is_refused_with_those_that_can_b
     assert "png" in capsys.readouterr().err
     for name in ("x.PNG", "x.svg", "x"):
         look.Look(Path(name))
+
+
+@pytest.mark.parametrize("command", [look, survey], ids=["look", "survey"])
+def test_a_ctrl_c_is_a_line_and_no_traceback(command: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
+    def interrupt(*_args: Any, **_kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gymnasium.make", interrupt)
+    monkeypatch.setattr(survey, "ProcessPoolExecutor", interrupt)
+    monkeypatch.setattr(sys, "argv", ["command", "--output", str(tmp_path / "x")])
+    assert command.main() == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -13,6 +13,7 @@ import tyro
 from protos.errors import Rejected
 from protos.files import require_absent
 from protos.spaces import PolicySpec
+from serving.errors import PolicyRefused
 from sim_client.episodes import Episode
 from sim_client.store import About
 from training.data.convert import Foreign, Importable, detect, open_dataset, write_dataset
@@ -39,7 +40,8 @@ class Validate:
     path: tyro.conf.Positional[Path]
     """The dataset."""
     contract: Path | None = None
-    """JSON of the contract that the data must have, as PolicySpec.to_json writes it; left out: the dataset's own."""
+    """That the data must have: of another dataset's directory, of a policy.onnx, or JSON as PolicySpec.to_json writes
+    it. Left out: the dataset's own."""
     geometry: Path | None = None
     """What the numbers of foreign data mean (docs/camera.toml); only for data that carry no contract."""
 
@@ -236,9 +238,15 @@ def _convert(output: Path, kind: str, about: About, episodes: Iterator[Episode])
 
 def _contract(path: Path) -> PolicySpec:
     try:
-        return PolicySpec.from_json(path.read_text())
-    except OSError as error:
-        raise Rejected(f"--contract {path}", "a file", str(error)) from error
+        if path.suffix == ".onnx":
+            from serving.policy import load
+
+            return load(path).spec
+        return open_dataset(path)[0].spec if path.is_dir() else PolicySpec.from_json(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise Rejected(f"--contract {path}", "JSON, a dataset's directory or a policy.onnx", str(error)) from error
+    except PolicyRefused as error:
+        raise error.reasons[0].within(f"--contract {path}, ") from error
     except Rejected as error:
         raise Rejected(f"--contract {path}", error.expected, error.got, error.remedy) from error
 

@@ -22,23 +22,29 @@ log = logging.getLogger(__name__)
 Foreign = Literal["npz", "robomimic", "lerobot"]
 """What is read and written."""
 Importable = Foreign | Literal["flight"]
+MINARI = ("data/metadata.json", "data/main_data.hdf5", "metadata.json", "main_data.hdf5")
+"""A directory with any of these is a dataset, if perhaps a broken one."""
 
 
 def detect(path: Path) -> Literal["minari"] | Importable:
     """The format of what lies at `path`, by its name and its files. Raises Rejected when it is none of ours."""
+    formats = "a Minari or LeRobot directory, a .npz file, a robomimic .hdf5 file or a flight recording"
     if path.is_dir():
         if any(path.glob(f"*{SUFFIX}")):
             return "flight"
-        return "lerobot" if (path / "meta/info.json").exists() else "minari"
+        if (path / "meta/info.json").exists():
+            return "lerobot"
+        if not any((path / name).exists() for name in MINARI):
+            raise Rejected(str(path), formats, "a directory that is none of them")
+        return "minari"
     if not path.exists():
-        raise Rejected(str(path), "a dataset", "nothing there", "python -m sim_client.collect makes one")
+        raise Rejected(str(path), "a dataset", "no such file or directory")
     if path.suffix == ".npz":
         return "npz"
     if path.suffix in (".hdf5", ".h5"):
         return "robomimic"
     if path.suffix == SUFFIX:
         return "flight"
-    formats = "a Minari or LeRobot directory, a .npz file, a robomimic .hdf5 file or a flight recording"
     raise Rejected(str(path), formats, f"a file named *{path.suffix}", "rename it, or say --format")
 
 

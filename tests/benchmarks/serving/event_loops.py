@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
+import tyro
 from tqdm import tqdm
 
 LOOPS = {"newer": "", "older": "-event_engine_client,-event_engine_listener"}
@@ -65,4 +66,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    {"serve": serve, "call": call}[sys.argv[1]](*sys.argv[2:]) if len(sys.argv) > 1 else main()
+    side = {"serve": serve, "call": call}.get("".join(sys.argv[1:2]))  # what `started` asks of its own processes
+    side(*sys.argv[2:]) if side else tyro.cli(main, description=__doc__)

@@ -5,14 +5,15 @@ not run on the event loop. Calls go to both in turns; then eight callers load ea
 """
 
 import asyncio
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import numpy as np
+import tyro
 
 from protos.codec import pack_action, unpack_observation
 from protos.equiserve.v1 import policy_pb2 as pb
@@ -24,6 +25,12 @@ from tests.serving.load import connect
 CALLS, CALLERS, SECONDS = 2000, 8, 6.0
 AT_ONCE = 2
 """Inferences, behind both."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    policy: tyro.conf.Positional[Path] = Path("runs/demo/policy.onnx")
+    """A policy of the cpu preset, as `make demo` leaves it."""
 
 
 def answered(policy: Policy, request: pb.GetActionRequest) -> pb.GetActionResponse:
@@ -90,7 +97,8 @@ def throughput(address: str, requests: list[pb.GetActionRequest]) -> tuple[float
 
 
 def main() -> None:
-    policy = load(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo/policy.onnx"), intra_op_threads=2)
+    asked = tyro.cli(Compare, description=__doc__)
+    policy = load(asked.policy, intra_op_threads=2)
     requests = [pb.GetActionRequest(observation=frame) for frame in pictures(policy.spec, 0)]
     addresses = {"threads": with_threads(policy), "asyncio": with_asyncio(policy)}
     stubs = {name: pb_grpc.PolicyServiceStub(connect(address)) for name, address in addresses.items()}

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 
 from protos.errors import Rejected
 from protos.spaces import ACTION, ObservationSpec, PolicySpec
+from sim_client import store
+from tests.makers import tiny_policy_file
 from tests.training.data.makers import ABOUT, REPOSITORY, SPEC, episode, minari, npz_arrays
 from training.data.__main__ import BROKEN, REFUSED, main
 from training.data.convert import write_dataset
@@ -370,6 +373,35 @@ def test_another_contract_than_asked_for_is_named_field_by_field(
     assert "observation.row_axis.0=1" in said
     (tmp_path / "same.json").write_text(SPEC.to_json())
     assert main(["validate", str(good["minari"]), "--contract", str(tmp_path / "same.json")]) == 0
+
+
+@pytest.mark.parametrize("of", ["policy.onnx", "a dataset"])
+def test_a_contract_is_asked_for_by_what_carries_it(
+    of: str, good: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = tiny_policy_file(tmp_path / "same.onnx", SPEC) if of == "policy.onnx" else good["lerobot"]
+    assert main(["validate", str(good["minari"]), "--contract", str(same)]) == 0
+    other = PolicySpec(ObservationSpec(height=16, width=16, extent_m=0.3), ACTION)
+    if of == "policy.onnx":
+        carrier = tiny_policy_file(tmp_path / "other.onnx", other)
+    else:
+        carrier = tmp_path / "other"
+        store.write(carrier, iter([episode(0)]), replace(ABOUT, spec=other))
+    said = refused_by_validate(good["minari"], capsys, "--contract", str(carrier))
+    assert "contract.observation.extent_m" in said
+
+
+@pytest.mark.parametrize("name", ["binary", "half.onnx", "folder", "text", "nowhere"])
+def test_what_carries_no_contract_is_told_in_a_line(
+    name: str, good: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file, held in {"binary": b"\x08\x0a\xff", "half.onnx": b"\x08\x0a\xff", "text": b"{"}.items():
+        (tmp_path / file).write_bytes(held)
+    (tmp_path / "folder").mkdir()
+    assert main(["validate", str(good["minari"]), "--contract", str(tmp_path / name)]) == REFUSED
+    said = capsys.readouterr().err
+    assert said.startswith(f"refused: --contract {tmp_path / name}")
+    assert said.count("\n") == 1
 
 
 def unsaid(kind: str, path: Path) -> None:

@@ -43,13 +43,14 @@ def test_a_mistake_is_one_line_without_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "training.data", "inspect", str(tmp_path / "nowhere")]
     answer = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert answer.returncode == 2
-    assert answer.stderr == f"refused: {tmp_path}/nowhere: expected a dataset, got nothing there; " + (
-        "python -m sim_client.collect makes one\n"
-    )
+    assert answer.stderr == f"refused: {tmp_path}/nowhere: expected a dataset, got no such file or directory\n"
 
 
-def test_what_is_not_there_is_not_broken(tmp_path: Path) -> None:
+def test_what_is_not_there_is_not_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", str(tmp_path / "nowhere")]) == 2
+    (tmp_path / "policy.onnx").touch()
+    assert main(["validate", str(tmp_path)]) == 2
+    assert "got a directory that is none of them\n" in capsys.readouterr().err
 
 
 def test_neither_torch_nor_a_simulator_is_imported(path: Path) -> None:

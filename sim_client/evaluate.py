@@ -198,7 +198,11 @@ def _report(config: Evaluate, policy: Any, episodes: list[Outcome], robot: Robot
 
 
 def main() -> int:
-    config = tyro.cli(Evaluate, prog="python -m sim_client.evaluate", description=Evaluate.__doc__)
+    try:
+        config = tyro.cli(Evaluate, prog="python -m sim_client.evaluate", description=Evaluate.__doc__)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, the server is told that the episode ends
     try:
         if config.report:

@@ -259,6 +259,15 @@ def test_a_token_file_that_holds_none_is_refused_by_its_flag(tmp_path: Path) -> 
         Connection(token="a secret", token_file=tmp_path / "empty")
 
 
+@pytest.mark.parametrize("flags", [("--token-file", "/nowhere/token"), ("--tls-cert", "robot.pem")])
+def test_a_connection_that_cannot_be_is_one_line(flags, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluate", *flags])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith(flags[0])
+    assert said.count("\n") == 1
+
+
 def test_a_server_that_is_ready_need_not_be_waited_for(server, played) -> None:
     assert evaluate(Evaluate(Connection(server.address), episodes=1, wait_s=0))["episodes"] == 1
 

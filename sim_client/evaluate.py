@@ -144,6 +144,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         Rejected: when it serves another contract.
         Interrupted: with what was done until then.
     """
+    print(f"waiting for {config.connection.server}, {config.wait_s:g} s at most", file=sys.stderr)
     env = config.world.make(config.task)
     connected = functools.partial(config.connection.to, spec=unwrapped(env).spec_of_policy, timeout_s=config.timeout_s)
     with connected(config.policy) as client:

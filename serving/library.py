@@ -8,7 +8,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -231,7 +231,7 @@ class Library:
         self.metrics.loaded("live")
 
 
-def _require_apart(policies: Sequence[Policy], unnamed: Collection[str]) -> None:
+def _require_apart(policies: Sequence[Policy], unnamed: set[str]) -> None:
     """Under a name, versions differ and contracts do not; a file in `unnamed` has its own. Raises StartupError."""
     for policy in policies:
         same = [p for p in policies if p.name == policy.name]

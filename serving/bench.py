@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import math
+import signal
 import sys
 import threading
 import time
@@ -42,7 +43,8 @@ class Bench:
     load is offered whatever the server does (open loop), which is how overload is measured.
 
     Exit code 1 when no call was answered, one failed otherwise than by being refused for load, or p99 is above
-    --max-p99-ms; 2 when there could be no load; else 0.
+    --max-p99-ms; 2 when there could be no load; 130 when it was interrupted: then what was measured is printed, and
+    not written; else 0.
     """
 
     clients: int = 1
@@ -68,6 +70,14 @@ class Bench:
         for name, low in (("clients", 1), ("outstanding", 1), ("seconds", 0.1), ("rate", 0), ("deadline_ms", 1)):
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
+
+
+class Interrupted(KeyboardInterrupt):
+    """A load, before its end: what each client saw, in so many seconds."""
+
+    def __init__(self, tallies: "list[Tally]", took: float) -> None:
+        super().__init__("interrupted")
+        self.tallies, self.took = tallies, took
 
 
 @dataclass
@@ -117,7 +127,7 @@ class Client:
     """One robot's worth of load."""
 
     def __init__(self, bench: Bench, seed: int) -> None:
-        self._bench, self.tally = bench, Tally()
+        self._bench, self.tally, self._stopped = bench, Tally(), threading.Event()
         self._metadata = bench.connection.metadata
         self._deadline_s = bench.deadline_ms / 1e3
         self._channel = connect(bench)
@@ -137,7 +147,8 @@ class Client:
         """Send from `start` (time.perf_counter) for the bench's time, one call after another, as a controller does."""
         rate = self._bench.rate
         for beat, due in self._beats(start):
-            time.sleep(max(0.0, due - time.perf_counter()))
+            if self._stopped.wait(max(0.0, due - time.perf_counter())):
+                return
             if rate and time.perf_counter() >= due + 1 / rate:
                 self.tally.skipped += 1  # the answer before came too late for this beat
             else:
@@ -188,20 +199,28 @@ class Client:
         finally:
             free.release()
 
+    def stop(self) -> None:
+        """Before its time: after the call that is under way."""
+        self._stopped.set()
+
     def close(self) -> None:
         self._channel.close()
 
 
 def load(bench: Bench) -> tuple[list[Tally], float]:
-    """Run all clients; what each saw, and how many seconds it took."""
+    """Run all clients; what each saw, and how many seconds it took. Raises Interrupted."""
     print(f"waiting for {bench.connection.server}, {CONNECT_S:g} s at most", file=sys.stderr)
     with bench.connection.to(bench.policy) as asking:
         asking.wait_ready(CONNECT_S)
     clients = [Client(bench, seed) for seed in range(bench.clients)]
-    took = _closed_loop(bench, clients) if bench.outstanding == 1 else asyncio.run(_open_loop(bench, clients))
+    tallies, began = [client.tally for client in clients], time.perf_counter()
+    try:
+        took = _closed_loop(bench, clients) if bench.outstanding == 1 else asyncio.run(_open_loop(bench, clients))
+    except KeyboardInterrupt:
+        raise Interrupted(tallies, time.perf_counter() - began) from None
     for client in clients:
         client.close()
-    return [client.tally for client in clients], max(took, bench.seconds)  # the last beat's period belongs to it
+    return tallies, max(took, bench.seconds)  # the last beat's period belongs to it
 
 
 def _starts(bench: Bench) -> list[float]:
@@ -215,8 +234,15 @@ def _closed_loop(bench: Bench, clients: list[Client]) -> float:
     threads = [threading.Thread(target=c.run, args=(at,)) for c, at in zip(clients, starts, strict=True)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        for client in clients:
+            client.stop()
+        for thread in threads:
+            thread.join()
+        raise
     return time.perf_counter() - starts[0]
 
 
@@ -270,6 +296,13 @@ def main() -> int:
         print("\n".join(lines(found)))
         if bench.output:
             write_atomically(bench.output, (json.dumps(found, indent=2) + "\n").encode())
+    except Interrupted as interrupted:
+        print("\n".join(lines(summary(interrupted.tallies, interrupted.took))))
+        print(interrupted, file=sys.stderr)
+        return 128 + signal.SIGINT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (PolicyError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -34,6 +34,8 @@ CHANNEL_OPTIONS = [
 ]
 HEALTH = "/grpc.health.v1.Health/Check"
 """Spelled out, as a controller need not have grpcio-health-checking. An empty message asks for the whole server."""
+REQUEST_ID = "x-request-id"
+"""gRPC metadata of everything that the server answers."""
 Outcome = pb.EndEpisodeRequest
 
 
@@ -73,6 +75,10 @@ class Connection:
     """And its key."""
 
     def __post_init__(self) -> None:
+        host, _, port = self.server.rpartition(":")
+        if not host or not port.isdecimal():
+            lack = "" if ":" in self.server else ", without a port"
+            raise ValueError(f"--server must be HOST:PORT, for example localhost:50051, got {self.server!r}{lack}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key go together")
         if self.token and self.token_file:
@@ -109,10 +115,11 @@ class PolicyError(Exception):
         message: what the server said: the field, what it expected, what came.
         busy: the server had no room for this call, at this moment.
         late: the frame was too old, or the step is behind one that was answered.
+        answered: the server itself said so; else the call did not get there, or nothing came back.
     """
 
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        self.code, self.message = code, message
+    def __init__(self, code: grpc.StatusCode, message: str, *, answered: bool = True) -> None:
+        self.code, self.message, self.answered = code, message, answered
         self.busy = code is grpc.StatusCode.RESOURCE_EXHAUSTED
         self.late = code is grpc.StatusCode.OUT_OF_RANGE
         super().__init__(f"{code.name}: {message}")
@@ -222,8 +229,13 @@ class PolicyClient:
                 return self._connect(max(deadline - time.monotonic(), ONE_TRY_S))[0]
             except PolicyError as error:
                 retry = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-                if not retry or time.monotonic() + POLL_S >= deadline:
+                if not retry:
                     raise
+                if time.monotonic() + POLL_S >= deadline:
+                    if error.answered:
+                        raise
+                    told = f"{error.message}; is serving.server running there, and with TLS (--tls-ca)?"
+                    raise PolicyError(error.code, told, answered=False) from None
             self._pause(POLL_S)
 
     def policy(self) -> pb.PolicyInfo:
@@ -348,6 +360,7 @@ class PolicyClient:
             except grpc.RpcError as error:
                 wait = next(waits, math.inf) * random.uniform(0.5, 1.0)  # not all robots at once
                 if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() + wait >= deadline:
-                    raise PolicyError(error.code(), error.details() or "") from None
+                    answered = REQUEST_ID in dict(error.trailing_metadata() or ())
+                    raise PolicyError(error.code(), error.details() or "", answered=answered) from None
             self._pause(wait)
             metadata = (*self._metadata, (RETRY, "1"))

@@ -36,7 +36,7 @@ class Config:
 
     policy: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """[NAME=]policy.onnx, as training.run wrote it. Repeat for several; the first is the default. NAME: what callers
-    ask for; left out, the task that the file names."""
+    ask for; left out, the task that the file names. Files given one NAME are its versions, the last the newest."""
     policies: Path | None = None
     """A folder of NAME.onnx files, served beside those. SIGHUP or PolicyAdmin loads what is new or changed there."""
     default_policy: str = ""

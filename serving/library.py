@@ -85,7 +85,7 @@ class Library:
                 policies.append(self._proved(path, name))
             if not policies:
                 raise StartupError(f"no policy in {self.folder}: put NAME.onnx there, or give --policy")
-            _require_apart(policies)
+            _require_apart(policies, unnamed={str(Path(file)) for name, file in map(_split, self.files) if not name})
             if default and default not in [p.name for p in policies]:
                 known = ", ".join(p.name for p in policies)
                 raise StartupError(f"--default-policy must be one of {known}, got {default}")
@@ -231,8 +231,8 @@ class Library:
         self.metrics.loaded("live")
 
 
-def _require_apart(policies: Sequence[Policy]) -> None:
-    """Under a name, versions differ and contracts do not. Raises StartupError."""
+def _require_apart(policies: Sequence[Policy], unnamed: set[str]) -> None:
+    """Under a name, versions differ and contracts do not; a file in `unnamed` has its own. Raises StartupError."""
     for policy in policies:
         same = [p for p in policies if p.name == policy.name]
         if [p.version for p in same].count(policy.version) > 1:
@@ -240,9 +240,13 @@ def _require_apart(policies: Sequence[Policy]) -> None:
                 f"policy {policy.name} {policy.version} is given twice; name them apart: A={policy.file}"
             )
         try:
-            same[0].spec.require_same(policy.spec, f"{policy.file}, also called {policy.name},")
+            same[0].spec.require_same(policy.spec, f"{policy.file}, also called {policy.name}")
         except Rejected as differs:
             raise StartupError(f"{differs}; name them apart: A={policy.file}") from differs
+        if policy is not same[0] and not unnamed.isdisjoint(p.file for p in (same[0], policy)):
+            raise StartupError(  # the last would act, where the first is said to
+                f"{same[0].file} and {policy.file} are both called {policy.name}; name them apart: A={policy.file}"
+            )
 
 
 def _split(argument: str) -> tuple[str, str]:

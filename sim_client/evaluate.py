@@ -144,6 +144,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         Rejected: when it serves another contract.
         Interrupted: with what was done until then.
     """
+    print(f"waiting for {config.connection.server}, {config.wait_s:g} s at most", file=sys.stderr)
     env = config.world.make(config.task)
     connected = functools.partial(config.connection.to, spec=unwrapped(env).spec_of_policy, timeout_s=config.timeout_s)
     with connected(config.policy) as client:
@@ -198,7 +199,11 @@ def _report(config: Evaluate, policy: Any, episodes: list[Outcome], robot: Robot
 
 
 def main() -> int:
-    config = tyro.cli(Evaluate, prog="python -m sim_client.evaluate", description=Evaluate.__doc__)
+    try:
+        config = tyro.cli(Evaluate, prog="python -m sim_client.evaluate", description=Evaluate.__doc__)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, the server is told that the episode ends
     try:
         if config.report:

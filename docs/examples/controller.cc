@@ -23,6 +23,16 @@ using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
 // The contract that this program was built for: 128 x 128 pixels, row 0 towards +x, metres. Another one is refused.
+constexpr char kContract[] = R"({
+  "observation": {"view": "topdown", "elevation_deg": 90.0, "height": 128, "width": 128, "extent_m": 0.45,
+    "depth_min_m": 0.0, "depth_max_m": 0.6, "row_axis": [-1, 0], "col_axis": [0, -1], "plane_above_tool_m": 0.1,
+    "gripper": "holding"},
+  "action": {"fields": [
+    {"name": "gripper", "components": ["p"], "kind": "scalar", "low": 0.0, "high": 1.0, "unit": "1"},
+    {"name": "planar", "components": ["dx", "dy"], "kind": "vector", "limit": 0.05, "unit": "m"},
+    {"name": "lift", "components": ["dz"], "kind": "scalar", "limit": 0.05, "unit": "m"},
+    {"name": "yaw", "components": ["dtheta"], "kind": "pseudoscalar", "limit": 0.7853981633974483, "unit": "rad"}]}
+})";
 constexpr char kContractDigest[] = "bc7489a30b4bfe5fcda0b5b187e8d2d292b443ff7ccd872e2ee773d23cd74543";
 constexpr int kSize = 128;
 constexpr int kSteps = 5;
@@ -65,9 +75,10 @@ class Controller {
   Controller(const std::shared_ptr<grpc::Channel>& channel, std::string token)
       : policies_(pb::PolicyService::NewStub(channel)), token_(std::move(token)) {}
 
-  // One episode. Whether it could be started and ended.
+  // One episode. Whether it could be started and ended, and was not given up before any answer.
   bool run() {
     pb::StartEpisodeRequest start;
+    start.set_contract(kContract);
     (*start.mutable_limits())["planar"] = 0.02f;
     pb::StartEpisodeResponse episode;
     auto context = call(milliseconds(5000));
@@ -97,7 +108,7 @@ class Controller {
     }
     std::printf("%s after %llu answered steps\n", pb::EndEpisodeRequest::Outcome_Name(end.outcome()).c_str(),
                 static_cast<unsigned long long>(ended.steps()));
-    return true;
+    return end.outcome() != pb::EndEpisodeRequest::OUTCOME_ABORTED || ended.steps() > 0;
   }
 
  private:

@@ -50,7 +50,8 @@ class Controller:
         self._policies = pb_grpc.PolicyServiceStub(channel)
         self._metadata: Sequence[tuple[str, str]] = [("authorization", f"Bearer {token}")] if token else []
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Whether the episode was not given up before any answer."""
         start = pb.StartEpisodeRequest(contract=SPEC.to_json(), limits={"planar": 0.02})
         episode = self._policies.StartEpisode(start, timeout=5, metadata=self._metadata, wait_for_ready=True)
         print(f"episode of {episode.policy} {episode.version}")
@@ -64,6 +65,7 @@ class Controller:
         end = pb.EndEpisodeRequest(episode_id=episode.episode_id, outcome=outcome)
         ended = self._policies.EndEpisode(end, timeout=5, metadata=self._metadata)
         print(f"{pb.EndEpisodeRequest.Outcome.Name(outcome)} after {ended.steps} answered steps")
+        return outcome != pb.EndEpisodeRequest.OUTCOME_ABORTED or ended.steps > 0
 
     def step(self, episode_id: str, step: int) -> bool:
         """Look, ask, move. Whether the robot moved; if not, it stays where it is."""
@@ -127,11 +129,10 @@ def main() -> int:
     address = sys.argv[1] if len(sys.argv) > 1 else "localhost:50051"
     with grpc.insecure_channel(address) as channel:
         try:
-            Controller(channel, os.environ.get("TOKEN", "")).run()
+            return 0 if Controller(channel, os.environ.get("TOKEN", "")).run() else 1
         except grpc.RpcError as error:
             explain(error)
             return 1
-    return 0
 
 
 if __name__ == "__main__":

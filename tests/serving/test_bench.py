@@ -1,6 +1,7 @@
 """The load generator counts what the server counts, and offers what it was told to."""
 
 import json
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +107,32 @@ def test_what_was_measured_is_told_where_it_can_no_longer_be_written(tmp_path, m
     said = capsys.readouterr()
     assert "answers a second" in said.out
     assert "found.json" in said.err
+
+
+@pytest.mark.parametrize("outstanding", ["1", "4"])
+def test_what_was_measured_is_told_when_it_is_interrupted(serve, healthy, outstanding):
+    running = serve(policy=(str(healthy),))
+    flags = ["--server", running.server.address, "--seconds", "1000", "--outstanding", outstanding]
+    hearing = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also in a background job
+    command = [sys.executable, "-c", f"{hearing}; from serving.bench import main; exit(main())", *flags]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: running.server.metrics.call_counts().get(("GetAction", "OK"), 0) > 3, 60)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "\nOK " in out
+    assert err.endswith("interrupted\n")
+    assert "Traceback" not in err
+
+
+def test_an_interrupted_wait_is_told(monkeypatch, capsys):
+    def waiting(_self, _seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("serving.client.PolicyClient.wait_ready", waiting)
+    monkeypatch.setattr(sys, "argv", ["serving.bench"])
+    assert main() == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
 
 
 def test_it_waits_for_a_server_that_is_still_proving(healthy, tmp_path):

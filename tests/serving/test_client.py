@@ -15,9 +15,10 @@ from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from protos.errors import RETRY, Rejected
 from protos.spaces import ACTION, OBSERVATION, PolicySpec, Pose
-from serving.client import CHANNEL_OPTIONS, PolicyClient, PolicyError
+from serving.client import CHANNEL_OPTIONS, Connection, PolicyClient, PolicyError
 from serving.flight import files_of, read
-from tests.makers import UNHURRIED_MS, scene, small_spec
+from serving.server import Server
+from tests.makers import UNHURRIED_MS, certify, scene, settings, small_spec
 from tests.serving.conftest import address_of
 from tests.serving.load import Relay, free_port
 
@@ -186,6 +187,29 @@ def test_a_slow_server_is_a_deadline(fickle):
 def test_waiting_for_nobody_ends():
     with PolicyClient("localhost:1") as client, pytest.raises(PolicyError, match="UNAVAILABLE"):
         client.wait_ready(0.3)
+
+
+def test_where_nothing_answers_is_asked_what_runs_there(serve, healthy, tmp_path):
+    certify(tmp_path, localhost="localhost")
+    secure = serve(policy=(str(healthy),), tls_cert=tmp_path / "localhost.pem", tls_key=tmp_path / "localhost.key")
+    for target in ("localhost:1", secure.server.address):
+        with PolicyClient(target) as client, pytest.raises(PolicyError, match=r"running there, and with TLS") as nobody:
+            client.wait_ready(0.3)
+        assert not nobody.value.answered
+    with (
+        Server(settings(healthy)) as proving,
+        PolicyClient(proving.address) as client,
+        pytest.raises(PolicyError, match="none yet") as early,
+    ):
+        client.wait_ready(0.3)
+    assert early.value.answered
+    assert "TLS" not in str(early.value)
+
+
+@pytest.mark.parametrize("server", ["localhost", "localhost:", ":50051", "localhost:grpc", ""])
+def test_an_address_without_host_or_port_is_refused(server):
+    with pytest.raises(ValueError, match=r"--server must be HOST:PORT"):
+        Connection(server)
 
 
 def test_waiting_for_a_server_that_says_nothing_ends():

@@ -173,7 +173,9 @@ def test_a_good_configuration_is_said_to_be_good(monkeypatch, capsys, healthy):
         (["--policy", "{good}", "--listen", "0.0.0.0:50051"], "--insecure"),
         (["--policy", "{good}", "--listen", "nonsense"], "HOST:PORT"),
         (["--policy", "{good}", "--record", "{bad}"], "--record"),
-        (["--policy", "a={good}", "--policy", "a={other}"], "name them apart"),
+        (["--policy", "a={good}", "--policy", "a={other}"], "also called a; "),
+        (["--policy", "{good}", "--policy", "{newer}"], "are both called tiny; name them apart: A="),
+        (["--policy", "tiny={good}", "--policy", "{newer}"], "are both called tiny; name them apart: A="),
     ],
 )
 def test_a_bad_configuration_is_said_to_be_bad(monkeypatch, capsys, healthy, tmp_path, flags, words):
@@ -183,6 +185,7 @@ def test_a_bad_configuration_is_said_to_be_bad(monkeypatch, capsys, healthy, tmp
         "good": healthy,
         "empty": empty,
         "bad": tiny_policy_file(tmp_path / "bad.onnx", breaks=["transposed"]),
+        "newer": tiny_policy_file(tmp_path / "newer.onnx", weight=2.0),
         "other": tiny_policy_file(tmp_path / "other.onnx", PolicySpec(ObservationSpec(height=16, width=16), ACTION)),
     }
     assert checked(monkeypatch, *(flag.format(**files) for flag in flags)) == 1

@@ -69,7 +69,8 @@ def test_a_repeat_keeps_to_the_contract_and_shows_the_same_pose(episode):
     stub, id_ = episode
     stub.GetAction(acting(1, episode_id=id_, step=5))
     code, parts = refusal(stub.GetAction, acting(1, episode_id=id_, step=5, contract_digest="another"))
-    assert (code, parts["field"]) == ("FAILED_PRECONDITION", "contract_digest")
+    assert (code, parts["field"], parts["got"]) == ("FAILED_PRECONDITION", "contract_digest", "'another'")
+    assert "another contract than you mean" in parts["remedy"]
     code, parts = refusal(stub.GetAction, acting(1, episode_id=id_, step=5, pose=Pose(0, 0, 0, 0)))
     assert (code, parts["field"], parts["got"]) == ("FAILED_PRECONDITION", "step", "another pose")
 

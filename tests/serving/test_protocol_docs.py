@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from protos.errors import Status
-from protos.spaces import SPEC
+from protos.spaces import SPEC, PolicySpec
 from serving.security import new_token
 from tests.makers import certify, tiny_policy_file
 from tests.serving.conftest import REPOSITORY
@@ -280,19 +280,42 @@ def test_the_cpp_examples_compile_and_run(programs, page_server, tmp_path):
     assert "INVALID_ARGUMENT observation.gripper" in ran.stdout
 
 
-@pytest.mark.parametrize("language", ["python", "cpp"])
-def test_the_controller_runs_an_episode(request, page_server, tmp_path, language):
-    if language == "cpp":
-        command = [request.getfixturevalue("programs") / "controller"]
-    else:
-        command = [sys.executable, EXAMPLES / "controller.py"]
-    ran = run([*command, page_server[PLAIN]], tmp_path, TOKEN=page_server[TOKEN].removeprefix("Bearer "))
+@pytest.fixture(params=["python", "cpp"])
+def controller(request):
+    """The command of it."""
+    if request.param == "cpp":
+        return [request.getfixturevalue("programs") / "controller"]
+    return [sys.executable, EXAMPLES / "controller.py"]
+
+
+def test_the_controller_runs_an_episode(controller, page_server, tmp_path):
+    ran = run([*controller, page_server[PLAIN]], tmp_path, TOKEN=page_server[TOKEN].removeprefix("Bearer "))
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "episode of drawer_opening" in ran.stdout
     assert ran.stdout.count(": move\n") == 5, ran.stdout
     assert "planar: limit 0.02" in ran.stdout
     assert "  field: observation.depth\n  expected: 65536 bytes (128 x 128 x 4)\n  got: 100 bytes\n" in ran.stdout
     assert "OUTCOME_SUCCESS after 5 answered steps" in ran.stdout
+
+
+def test_the_controller_fails_where_nothing_is_answered(controller, serve, policies, tmp_path):
+    """As it sends no pose, which a workspace needs."""
+    walled = serve(policy=tuple(policies), workspace=(0.3, 0.7, -0.2, 0.2, 0.0, 0.5))
+    ran = run([*controller, walled.server.address], tmp_path)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert "OUTCOME_ABORTED after 0 answered steps" in ran.stdout
+
+
+def test_the_controller_begins_no_episode_under_another_contract(controller, running, tmp_path):
+    ran = run([*controller, running.server.address], tmp_path)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert "  field: contract.observation.height\n" in ran.stdout
+
+
+def test_the_cpp_controller_is_built_for_the_contract():
+    source = (EXAMPLES / "controller.cc").read_text()
+    assert PolicySpec.from_json(re.search(r'kContract\[\] = R"\((.*?)\)"', source, re.DOTALL)[1]) == SPEC
+    assert f'"{SPEC.digest}"' in source
 
 
 def run(command, folder, **variables):

@@ -1,9 +1,11 @@
 """Who may connect and who may do what, over real sockets: transport x token x method."""
 
+import hashlib
 import itertools
 import logging
 import os
 import ssl
+import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +27,7 @@ from serving.client import PolicyClient, PolicyError, Tls
 from serving.errors import StartupError
 from serving.security import Gate, new_token, read_tokens
 from serving.server import Server, refresh_when
+from serving.tokens import main as make_token
 from tests.makers import certify, scene, settings
 from tests.serving.requests import acting, refusal
 from tests.serving.test_dispatcher import until
@@ -274,6 +277,23 @@ def test_a_name_is_given_once(tmp_path):
     new_token("arm", ("act",), tmp_path / "tokens")
     with pytest.raises(StartupError, match="already"):
         new_token("arm", ("admin",), tmp_path / "tokens")
+
+
+def test_a_token_is_written_for_its_owner_and_survives_a_second_run(tmp_path, monkeypatch, capsys):
+    tokens, output = tmp_path / "tokens", tmp_path / "arm.token"
+    monkeypatch.setattr("sys.argv", ["tokens", "arm", "--file", str(tokens), "--output", str(output)])
+    assert make_token() == 0
+    assert stat.S_IMODE(output.stat().st_mode) == 0o600
+    secret, hashes = output.read_text(), tokens.read_text()
+    assert hashlib.sha256(secret.strip().encode()).hexdigest() in hashes
+    assert make_token() == 1
+    assert (output.read_text(), tokens.read_text()) == (secret, hashes)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "arm.token exists already" in said.err
+    output.unlink()
+    assert make_token() == 1  # the name is taken
+    assert not output.exists()
 
 
 def served_certificate(address):

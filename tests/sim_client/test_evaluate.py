@@ -238,7 +238,9 @@ def test_it_is_let_in_by_a_token_over_tls(tmp_path, played, capsys) -> None:
 def test_another_task_than_the_policys_is_pointed_out(server, played, capsys) -> None:
     report = evaluate(Evaluate(connection=Connection(server.address), episodes=1))
     assert (report["task"], report["policy_task"]) == ("drawer_opening", "tiny")
-    assert "policy tiny was trained for tiny, the task here is drawer_opening" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith(f"waiting for {server.address}, 30 s at most\n")
+    assert "policy tiny was trained for tiny, the task here is drawer_opening" in said
 
 
 def test_a_token_is_not_shown_with_what_was_asked() -> None:
@@ -257,6 +259,17 @@ def test_a_token_file_that_holds_none_is_refused_by_its_flag(tmp_path: Path) -> 
             Connection(token_file=tmp_path / file)
     with pytest.raises(ValueError, match="either --token or --token-file"):
         Connection(token="a secret", token_file=tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    "flags", [("--token-file", "/nowhere/token"), ("--tls-cert", "robot.pem"), ("--server", "localhost")]
+)
+def test_a_connection_that_cannot_be_is_one_line(flags, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluate", *flags])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith(flags[0])
+    assert said.count("\n") == 1
 
 
 def test_a_server_that_is_ready_need_not_be_waited_for(server, played) -> None:

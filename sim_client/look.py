@@ -4,6 +4,7 @@ import io
 import math
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,19 +80,28 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
     plt.close(figure)
 
 
-def main() -> int:
-    config = tyro.cli(Look, prog="python -m sim_client.look", description=Look.__doc__)
+def exit_code(work: Callable[[], str]) -> int:
+    """Do `work` and print what it returns: 0. 2 where it cannot be written, 130 by Ctrl-C, with a line that says so."""
     try:
-        require_writable(config.output)
-        draw(config)
+        print(work())
     except OSError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    print(config.output)
     return 0
+
+
+def main() -> int:
+    config = tyro.cli(Look, prog="python -m sim_client.look", description=Look.__doc__)
+
+    def drawn() -> str:
+        require_writable(config.output)
+        draw(config)
+        return str(config.output)
+
+    return exit_code(drawn)
 
 
 if __name__ == "__main__":

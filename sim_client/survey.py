@@ -23,7 +23,7 @@ from protos.files import require_writable, write_atomically
 from sim_client import ENV_IDS, MAX_STEPS, TaskName
 from sim_client.env import Obs
 from sim_client.interval import wilson
-from sim_client.look import save
+from sim_client.look import exit_code, save
 from sim_client.rollout import rollout
 from sim_client.seeds import SURVEYED
 from sim_client.tasks import TWINS, maker
@@ -197,16 +197,7 @@ def survey(config: Survey) -> str:
 
 def main() -> int:
     config = tyro.cli(Survey, prog="python -m sim_client.survey", description=Survey.__doc__)
-    try:
-        text = survey(config)
-    except OSError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    print(text.partition("\n## ")[0])
-    return 0
+    return exit_code(lambda: survey(config).partition("\n## ")[0])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from enum import Enum
 
 RETRY = "x-retry"
 """gRPC metadata of a call that may have been answered already, with any value: then its answer is looked for first."""
+REQUEST_ID = "x-request-id"
+"""gRPC metadata of everything that the server answers; a caller may choose it."""
 LONGEST = 400
 """Characters of each text of a refusal: what came may be long, headers and log lines may not."""
 

@@ -18,7 +18,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from protos.equiserve.v1 import policy_pb2 as pb
-from protos.errors import LONGEST, Rejected, Status
+from protos.errors import LONGEST, REQUEST_ID, Rejected, Status
 from serving.logs import Throttle
 from serving.metrics import Metrics, Phases
 from serving.security import Gate
@@ -28,7 +28,6 @@ from serving.turn import Caller, seconds_until
 log = logging.getLogger(__name__)
 
 DOMAIN = "equiserve"
-REQUEST_ID = "x-request-id"
 LATE_S = 0.005
 """Who has left with no more time than this had met his deadline: it is kept by gRPC's clock, not by ours."""
 SAFE_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from protos.codec import pack_observation, unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
-from protos.errors import RETRY
+from protos.errors import REQUEST_ID, RETRY
 from protos.spaces import Observation, PolicySpec, Pose
 
 RETRY_AFTER_S = (0.02, 0.05, 0.1)
@@ -34,8 +34,6 @@ CHANNEL_OPTIONS = [
 ]
 HEALTH = "/grpc.health.v1.Health/Check"
 """Spelled out, as a controller need not have grpcio-health-checking. An empty message asks for the whole server."""
-REQUEST_ID = "x-request-id"
-"""gRPC metadata of everything that the server answers."""
 Outcome = pb.EndEpisodeRequest
 
 

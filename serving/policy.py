@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from protos.equiserve.v1 import policy_pb2 as pb
-from protos.errors import Rejected, Status
+from protos.errors import Rejected, Status, shown
 from protos.manifest import INPUTS, OUTPUTS, VALUE_OUTPUT, Manifest
 from protos.spaces import Observation, PolicySpec
 from serving.envelope import require_bound
@@ -80,6 +80,13 @@ class Policy:
     @property
     def spec(self) -> PolicySpec:
         return self.manifest.spec
+
+    def require_contract(self, digest: str) -> None:
+        """Where a caller says which contract he means. Raises Rejected, FAILED_PRECONDITION, if it is not this one."""
+        if digest and digest != self.spec.digest:
+            whose = f"{self.name} {self.version}"
+            remedy = f"{whose} has another contract than you mean; compare yours with what GetPolicy returns of it"
+            raise Rejected("contract_digest", self.spec.digest, shown(digest), remedy, Status.FAILED_PRECONDITION)
 
     @property
     def has_value(self) -> bool:

@@ -207,7 +207,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
     ) -> _Task:
         """Everything that can be refused before the model is asked."""
         policy = episode.policy if episode else self._registry.resolve(request.policy, request.version)
-        _require_contract(request.contract_digest, policy)
+        policy.require_contract(request.contract_digest)
         _require_mode(request.mode)
         if not request.HasField("observation"):
             raise Rejected("observation", "an observation", "none")
@@ -294,13 +294,6 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
 def _require_mode(mode: int) -> None:
     if mode not in pb.Mode.values():
         raise Rejected("mode", ", ".join(pb.Mode.keys()), str(mode))
-
-
-def _require_contract(digest: str, policy: Policy) -> None:
-    if digest and digest != policy.spec.digest:
-        remedy = f"GetPolicy returns the contract of {policy.name} {policy.version}; compare it with yours"
-        got = ascii(digest[:64])
-        raise Rejected("contract_digest", policy.spec.digest, got, remedy, Status.FAILED_PRECONDITION)
 
 
 def _item_status(refused: Rejected) -> pb.ItemStatus:

@@ -52,11 +52,7 @@ class Episode:
             if asked and asked != pinned:
                 remedy = "StartEpisode settled it; leave it out"
                 raise Rejected(name, str(pinned), "another", remedy, Status.FAILED_PRECONDITION)
-        digest, meant = self.policy.spec.digest, request.contract_digest
-        if meant and meant != digest:
-            whose = f"{self.policy.name} {self.policy.version}"
-            remedy = f"{whose} has another contract than you mean; compare yours with what GetPolicy returns of it"
-            raise Rejected("contract_digest", digest, shown(meant), remedy, Status.FAILED_PRECONDITION)
+        self.policy.require_contract(request.contract_digest)
 
     def step(self, request: pb.GetActionRequest, patience_s: float, answer: Answer) -> pb.GetActionResponse:
         """Answer each step once: the same step again gets the same message, whoever asks meanwhile waits.

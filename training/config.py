@@ -201,8 +201,8 @@ def _checked(made: type, values: dict[str, Any]) -> dict[str, Any]:
     """The values, if they are what the fields of `made` say."""
     kinds = get_type_hints(made)
     for name, value in values.items():
-        if name not in {f.name for f in fields(made)}:
-            close = difflib.get_close_matches(name, (f.name for f in fields(made)), n=1)
+        if name not in kinds:
+            close = difflib.get_close_matches(name, kinds, n=1)
             raise TypeError(f"there is no {name}" + (f"; did you mean {close[0]}?" if close else ""))
         try:
             if value is not tyro.MISSING:

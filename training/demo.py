@@ -16,6 +16,7 @@ import tyro
 
 from protos.errors import Rejected
 from protos.files import write_atomically
+from sim_client.workers import Partial
 from training.names import POLICY
 
 MARKER = "demo.json"
@@ -94,7 +95,7 @@ def demonstrate(config: Demo) -> Path:
     """
     data, run = config.output / "data", config.output / "train"
     policy, report_path = config.output / POLICY, config.output / "report.json"
-    _make_room(config, data, run, data.with_name(".data.partial"), policy, report_path)
+    _make_room(config, data, run, Partial.folder_of(data), policy, report_path)
     seed = ("--seed", str(config.seed))
     stages = Stages(config.setup_seconds)
     stages.run("collect", "sim_client.collect", "--episodes", str(config.episodes), *seed, "--output", str(data))

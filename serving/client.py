@@ -112,7 +112,7 @@ class PolicyError(Exception):
         code: the gRPC status, e.g. grpc.StatusCode.INVALID_ARGUMENT.
         message: what the server said: the field, what it expected, what came.
         busy: the server had no room for this call, at this moment.
-        late: the frame was too old, or the step is behind one that was answered.
+        late: the frame was too old, the step is behind one that was answered, or the answer came when it had expired.
         answered: the server itself said so; else the call did not get there, or nothing came back.
     """
 
@@ -219,12 +219,17 @@ class PolicyClient:
     def wait_ready(self, timeout_s: float = 30.0) -> pb.PolicyInfo:
         """Wait until the server answers for the policy: it listens before its policies have proved themselves.
 
-        With `timeout_s` 0, it is asked once, for a second at most.
+        It is asked every time, also after an answer: for a server that was started again. With `timeout_s` 0, once, for
+        a second at most.
+
+        Raises:
+            PolicyError: when it does not, or knows no such policy.
+            Rejected: when its contract is not the one expected: `spec`, or else the one this client began with.
         """
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                return self._connect(max(deadline - time.monotonic(), ONE_TRY_S))[0]
+                return self._ask(max(deadline - time.monotonic(), ONE_TRY_S))[0]
             except PolicyError as error:
                 retry = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
                 if not retry:
@@ -237,7 +242,7 @@ class PolicyClient:
             self._pause(POLL_S)
 
     def policy(self) -> pb.PolicyInfo:
-        """What acts: contract, provenance and the proofs it passed, as of the first call."""
+        """What acts: contract, provenance and the proofs it passed, as of the first call or the last `wait_ready`."""
         return self._connect()[0]
 
     @property
@@ -253,7 +258,7 @@ class PolicyClient:
             age_us: how old the frame is now, by the caller's own clock.
 
         Raises:
-            PolicyError: anything but an answer. Do not move on it.
+            PolicyError: anything but an answer in time. Do not move on it; where it is `late`, ask with a new frame.
         """
         return self._act(observation, pose, age_us, policy=self._policy, version=self._version)
 
@@ -295,6 +300,10 @@ class PolicyClient:
             observation=pack_observation(observation, pose=pose, age_us=age_us), contract_digest=spec.digest, **whose
         )
         response = self._call(self._stub.GetAction, request, self._timeout_s - (time.monotonic() - sent))
+        expires_at = sent + response.valid_for_us / 1e6
+        if (behind_s := time.monotonic() - expires_at) >= 0:
+            told = f"the answer came {behind_s * 1e3:.0f} ms after it had expired; ask again, with a new frame"
+            raise PolicyError(grpc.StatusCode.OUT_OF_RANGE, told)
         return Answer(
             action=unpack_action(response.action, spec.action),
             raw_action=unpack_action(response.raw_action, spec.action),
@@ -308,7 +317,7 @@ class PolicyClient:
             policy=response.policy,
             version=response.version,
             valid_for_us=response.valid_for_us,
-            expires_at=sent + response.valid_for_us / 1e6,
+            expires_at=expires_at,
             request_id=response.request_id,
         )
 
@@ -326,14 +335,17 @@ class PolicyClient:
             ):
                 raise
 
-    def _connect(self, within_s: float = math.inf) -> tuple[pb.PolicyInfo, PolicySpec]:
-        if self._connected is None:
-            request = pb.GetPolicyRequest(name=self._policy, version=self._version)
-            info = self._call(self._stub.GetPolicy, request, within_s).policy
-            served = PolicySpec.from_json(info.contract)
-            if self._expected is not None:
-                self._expected.require_same(served, f"policy {info.name} {info.version}")
-            self._connected = info, served
+    def _connect(self) -> tuple[pb.PolicyInfo, PolicySpec]:
+        return self._connected or self._ask()
+
+    def _ask(self, within_s: float = math.inf) -> tuple[pb.PolicyInfo, PolicySpec]:
+        request = pb.GetPolicyRequest(name=self._policy, version=self._version)
+        info = self._call(self._stub.GetPolicy, request, within_s).policy
+        served = PolicySpec.from_json(info.contract)
+        expected = self._expected or (self._connected and self._connected[1])
+        if expected:
+            expected.require_same(served, f"policy {info.name} {info.version}")
+        self._connected = info, served
         return self._connected
 
     def _pause(self, seconds: float) -> None:

@@ -74,7 +74,8 @@ class Config:
     workspace: tuple[float, float, float, float, float, float] | None = None
     """X0 X1 Y0 Y1 Z0 Z1: a box in the robot's base frame, metres. No motion ends outside; requests need a pose."""
     limits: dict[str, float] = field(default_factory=dict)
-    """Tighter limits than the policies' own, NAME VALUE ...: action fields, or step_m, jump_m, jump_rad, z_floor_m."""
+    """Tighter limits than the policies' own, NAME VALUE ...: action fields, or step_m, jump_m, jump_rad, z_floor_m.
+    jump_m and jump_rad bound the steps of an episode after its first."""
     frozen_after: int = 10
     """Warn when a camera sends as many equal frames in a row; 0: never."""
     invalid_share: float = 0.2

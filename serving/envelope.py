@@ -22,6 +22,9 @@ from protos.spaces import ActionSpec, Field, Kind, PolicySpec, Pose
 ROUNDING = 1e-6
 """A float32 on its bound may exceed it by this fraction; that is arithmetic, not a wish to go further."""
 SHRINK = 1 - 1e-7  # so that what was shortened is still within when it is rounded to float32
+STRAY_M, REACH_M = 1.0, 10.0
+"""How far a tool may be beyond a wall, and on a side without one from the base: further, its unit is another. Of a tool
+that is outside every motion inwards is let through, so a pose in millimetres would have no floor."""
 AXIS_OF = {"dx": 0, "dy": 1, "dz": 2}
 ROTATION, COMMAND = "dtheta", "p"
 """The command is the one component that says where to be, and not how far to move."""
@@ -153,16 +156,32 @@ class Envelope:
         self._low, self._high = (*box.low[:2], max(box.low[2], self.limits.z_floor_m)), box.high
         self._floored = self.limits.z_floor_m >= box.low[2]
         self._bounded = any(map(math.isfinite, (*self._low, *self._high)))
+        if self._low[2] >= self._high[2]:
+            expected, got = f"below {self._high[2]:g} m, the workspace's upper wall", f"{self.limits.z_floor_m:g}"
+            raise Rejected("limits['z_floor_m']", expected, got, "no motion could end between them")
 
     def tighter(self, asked: Mapping[str, float]) -> "Envelope":
         """This one within an episode's own limits. Raises what Limits.tightened raises."""
         return Envelope(self.spec, self.limits.tightened(asked, self.spec.action))
 
     def require_pose(self, pose: Pose | None) -> None:
-        """Raises Rejected, FAILED_PRECONDITION, when there is a workspace or a floor and no pose."""
-        if self._bounded and pose is None:
+        """Where there is a workspace or a floor.
+
+        Raises:
+            Rejected: FAILED_PRECONDITION without a pose, INVALID_ARGUMENT for one so far off that its unit or its frame
+                must be another.
+        """
+        if not self._bounded:
+            return
+        if pose is None:
             remedy = "this server keeps a workspace; send where the gripper is"
             raise Rejected("observation.pose", "a pose", "none", remedy, Status.FAILED_PRECONDITION)
+        for name, value, low, high in zip("xyz", (pose.x, pose.y, pose.z), self._low, self._high, strict=True):
+            least = low - STRAY_M if math.isfinite(low) else -REACH_M
+            most = high + STRAY_M if math.isfinite(high) else REACH_M
+            if not least <= value <= most:
+                remedy = "check unit and frame: metres, in the robot's base frame"
+                raise Rejected(f"observation.pose.{name}", f"{least:g} to {most:g} m", f"{value:g} m", remedy)
 
     def decide(
         self,

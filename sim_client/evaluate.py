@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -81,10 +81,6 @@ class Evaluate:
 
 class Interrupted(KeyboardInterrupt):
     """An evaluation, before its last episode."""
-
-    def __init__(self, episodes: "list[Outcome]", of: int) -> None:
-        done, succeeded = len(episodes), sum(e.success for e in episodes)
-        super().__init__(f"interrupted after {done} of {of} episodes, of which {succeeded} succeeded")
 
 
 class Outcome(NamedTuple):
@@ -163,10 +159,17 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
                 episodes.append(Outcome(seed, len(episode), episode.success))
                 bar.set_postfix_str(f"{sum(e.success for e in episodes)}/{len(episodes)} succeeded")
         except KeyboardInterrupt:
-            raise Interrupted(episodes, config.episodes) from None
+            raise Interrupted(f"interrupted {_so_far(episodes, config.episodes)}") from None
+        except PolicyError as error:
+            error.add_note(_so_far(episodes, config.episodes))
+            raise
         seconds = time.perf_counter() - start
     env.close()
     return _report(config, info, episodes, robot, seconds)
+
+
+def _so_far(episodes: Sequence[Outcome], of: int) -> str:
+    return f"after {len(episodes)} of {of} episodes, of which {sum(e.success for e in episodes)} succeeded"
 
 
 def _report(config: Evaluate, policy: Any, episodes: list[Outcome], robot: Robot, seconds: float) -> dict[str, Any]:
@@ -216,7 +219,8 @@ def main() -> int:
         print(str(interrupted) or "interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except (PolicyError, Rejected, ValueError, OSError) as error:
-        print(f"evaluation stopped: {error}", file=sys.stderr)
+        so_far = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+        print(f"evaluation stopped{so_far}: {error}", file=sys.stderr)
         return 2
     latency = report["latency_ms"]
     print(

@@ -31,11 +31,11 @@ class Fickle(pb_grpc.PolicyServiceServicer):
     def __init__(self):
         self.failures, self.calls, self.delay_s, self.last = [], 0, 0.0, None
         self.remaining_s, self.retries, self.end, self.ends = [], [], None, 0
-        self.connect_delay_s = 0.0
+        self.connect_delay_s, self.valid_s, self.spec = 0.0, 60.0, small_spec()
 
     def GetPolicy(self, request, context):
         time.sleep(self.connect_delay_s)
-        spec = small_spec()
+        spec = self.spec
         return pb.GetPolicyResponse(
             policy=pb.PolicyInfo(name="fickle", contract=spec.to_json(), contract_digest=spec.digest)
         )
@@ -47,7 +47,7 @@ class Fickle(pb_grpc.PolicyServiceServicer):
         time.sleep(self.delay_s)
         if self.failures:
             context.abort(self.failures.pop(0), "as told")
-        return pb.GetActionResponse(action=pb.Action(p=1.0), valid_for_us=7)
+        return pb.GetActionResponse(action=pb.Action(p=1.0), valid_for_us=round(self.valid_s * 1e6))
 
     def StartEpisode(self, request, context):
         return pb.StartEpisodeResponse(episode_id="one")
@@ -135,7 +135,7 @@ def test_a_frame_of_another_size_is_refused_by_field(running):
 def test_unavailable_is_tried_again(fickle):
     fickle.failures = [grpc.StatusCode.UNAVAILABLE] * 2
     with PolicyClient(fickle.address) as client:
-        assert client.act(scene(0)).valid_for_us == 7
+        assert client.act(scene(0)).valid_for_us == fickle.valid_s * 1e6
     assert fickle.retries == [False, True, True]  # the server looks for an answer that it has given already
 
 
@@ -260,6 +260,20 @@ def test_a_server_that_is_back_is_found_again(launch, healthy, free_address):
                     client.act(scene(0))
 
 
+def test_waiting_asks_the_server_that_is_there_now(fickle):
+    """It may have been started again, with a newer policy; but never with one of another contract."""
+    with PolicyClient(fickle.address) as client:
+        client.wait_ready(5)
+        fickle.connect_delay_s = 0.3
+        began = time.monotonic()
+        client.wait_ready(5)
+        assert time.monotonic() - began >= 0.3
+        before, fickle.spec = client.spec, PolicySpec(OBSERVATION, ACTION)
+        with pytest.raises(Rejected, match=r"contract\.observation\.height"):
+            client.wait_ready(5)
+        assert client.spec == before
+
+
 def test_waiting_does_not_hide_another_error(running):
     start = time.monotonic()
     with PolicyClient(running.server.address, "other") as client, pytest.raises(PolicyError, match="NOT_FOUND"):
@@ -328,7 +342,18 @@ def test_a_frame_grows_older_while_a_client_connects(fickle):
         before = time.monotonic()
         expires_at = client.act(scene(0)).expires_at
     assert time.monotonic() - before > 0.4
-    assert expires_at < before + 0.4
+    assert expires_at < before + fickle.valid_s + 0.4
+
+
+def test_an_answer_that_has_expired_is_no_answer(fickle):
+    fickle.valid_s, fickle.delay_s = 0.2, 0.4
+    with PolicyClient(fickle.address) as client:
+        client.policy()
+        with pytest.raises(PolicyError, match=r"came \d+ ms after it had expired") as refused:
+            client.act(scene(0))
+        assert refused.value.late
+        fickle.delay_s = 0.0
+        assert client.act(scene(0)).action.any()
 
 
 def test_an_answer_says_until_when_it_may_be_applied(running):

@@ -292,3 +292,30 @@ def test_a_workspace_needs_to_know_where_the_tool_is():
 def test_a_workspace_has_an_inside():
     with pytest.raises(ValueError, match="low < high"):
         Workspace(low=(0.3, 0.2, 0.0), high=(0.7, -0.2, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("pose", "field"),
+    [
+        (Pose(450.0, 0.0, 20.0, 0.0), "x"),  # millimetres
+        (Pose(0.5, -1.3, 0.2, 0.0), "y"),
+        (Pose(0.5, 0.0, 20.0, 0.0), "z"),
+    ],
+)
+def test_a_pose_in_another_unit_or_frame_is_refused(pose, field):
+    """All its motions would lead inwards, and none be stopped."""
+    with pytest.raises(Rejected, match=f"pose.{field}.*check unit and frame") as refused:
+        Envelope(SPEC, Limits(workspace=BOX)).require_pose(pose)
+    assert refused.value.status is Status.INVALID_ARGUMENT
+
+
+def test_a_floor_alone_knows_a_pose_in_millimetres():
+    floor = Envelope(SPEC, Limits(z_floor_m=0.02))
+    floor.require_pose(Pose(0.5, 0.0, 5.0, 0.0))
+    with pytest.raises(Rejected, match=r"pose\.z"):
+        floor.require_pose(Pose(0.5, 0.0, 20.0, 0.0))
+
+
+def test_a_floor_above_the_workspace_is_refused():
+    with pytest.raises(Rejected, match=r"z_floor_m.*below 0\.4 m"):
+        Envelope(SPEC, Limits(workspace=BOX, z_floor_m=0.4))

@@ -128,7 +128,10 @@ TRIED = """Tried before, and why the rows are as they are:
   on nothing for one that holds. Played again without that, the old noisy-cql 0 and 1, noisy-iql 2 and noisy-bc 2 have
   84, 95, 97 and 81 %, instead of 83, 95, 97 and 81.
 - All cells were made when a block between fingers parted nearly as far as it is wide (a command of 0.53 to 0.58)
-  counted as let go; none was played again since.
+  counted as let go. Played under either rule, policies made later by the rows' commands (two seeds each, on a core with
+  half the rate) have 86 and 86, 82 and 82 % in the bowl, of the same episodes, and 89 and 90, 81 and 79 % in stacking.
+- bowl-1000 needs its updates: on that core its 15 minutes hold 2561 and 3375, and seeds 0 and 1 have 86 and 82 %;
+  stacking-2000's 20 minutes, of 4325 and 3905, have 90 and 79 %.
 - stacking-2000, seed 2, was made on a machine without AVX-512 and bfloat16: 3746 updates. There, one of BC takes 0.23 s
   on two cores (`tests.benchmarks.update_time --presets cpu --precisions fp32`), on the others' 0.07. The old noisy-cql,
   seed 2, has 70 % there after 40 minutes, 4660 updates; elsewhere, 20 minutes hold 5600 of the actor alone.
@@ -254,7 +257,8 @@ def page(study: Study) -> str:
         f"{study.episodes} episodes per seed; preset `cpu`, `--augmentation o2`. Made by\n\n"
         "    python -m tests.benchmarks.results\n\n"
         "Each cell is `sim_client.collect`, `training.run`, `serving.server` and `sim_client.evaluate` with the flags "
-        "of its row; its report is in [results/](results). The intervals are Wilson's, over all episodes of a row. "
+        "of its row; its report is in [results/](results). The intervals are Wilson's, over all episodes of a row's "
+        "policies: how much seeds differ is in the column before. "
         f"In the noisy rows, the behaviour itself succeeds in {100 * BEHAVIOR:g} % of its episodes.\n\n"
         + table(study)
         + "\n"

@@ -35,7 +35,7 @@ FEW = 5
 """Points of a curve that are drawn large."""
 INTERVAL = ("success/wilson_low", "success/wilson_high")
 USUAL = {"arm": "panda", "view": "topdown", "elevation_deg": 45.0}
-"""The default of `sim_client.world.World`, whose other settings are 0 or left out; not imported: it loads the simulator."""
+"""`sim_client.world.World` by default, whose other settings are 0 or left out; not imported: it loads the simulator."""
 COLUMNS = (
     "run", "algorithm", "equivariance", "dataset", "seed", "updates", "minutes", "ms per update", "success in training",
     "success through the server", "equivariance error at 90 / 45 degrees",

@@ -34,6 +34,8 @@ RATE = "success/rate"
 FEW = 5
 """Points of a curve that are drawn large."""
 INTERVAL = ("success/wilson_low", "success/wilson_high")
+USUAL = {"arm": "panda", "view": "topdown", "elevation_deg": 45.0}
+"""`sim_client.world.World` by default, whose other settings are 0 or left out; not imported: it loads the simulator."""
 COLUMNS = (
     "run", "algorithm", "equivariance", "dataset", "seed", "updates", "minutes", "ms per update", "success in training",
     "success through the server", "equivariance error at 90 / 45 degrees",
@@ -45,7 +47,8 @@ class Report:
     """Compare runs of training: curves, and a table with settings, time, success and equivariance.
 
     Success through the server is read from any *.json in a run's directory, or in the one above, that
-    `sim_client.evaluate --report` wrote for its policy.onnx. Exit code 1: there is no page.
+    `sim_client.evaluate --report` wrote for its policy.onnx: of several, that of its own task in the default world.
+    Exit code 1: there is no page.
 
     Example: python -m training.report runs/bc runs/iql --output runs/compared.html
     """
@@ -65,8 +68,8 @@ class Run:
     curves: dict[str, tuple[np.ndarray, np.ndarray]]
     """(updates, values) by tag."""
     manifest: Manifest | None
-    served: dict[str, Any] | None
-    """The report of an evaluation of its policy, if there is one."""
+    served: list[dict[str, Any]]
+    """The reports of evaluations of its policy, that of its own task in the default world first."""
 
     @classmethod
     def read(cls, path: Path) -> "Run":
@@ -82,7 +85,7 @@ class Run:
             curves[tag] = np.array(steps), np.array(values)
         _leave_out_what_is_being_written(curves)
         policy = path / POLICY
-        manifest, served = None, None
+        manifest, served = None, []
         if policy.exists():
             properties = onnx.load(policy, load_external_data=False).metadata_props
             manifest = Manifest.from_metadata({p.key: p.value for p in properties})
@@ -113,10 +116,16 @@ class Run:
         return f"best {rates[best]:.0%} ({low:.0%} to {high:.0%}) at update {steps[best]:,}, last {rates[-1]:.0%}"
 
     def _through_the_server(self) -> str:
-        if self.served is None:
+        if not self.served or self.manifest is None:
             return ""
-        interval = wilson(self.served["successes"], self.served["episodes"])
-        return f"{self.served['success_rate']:.0%} ({interval.low:.0%} to {interval.high:.0%})"
+        first, *others = self.served
+        interval = wilson(first["successes"], first["episodes"])
+        unusual = "".join(f", {words}" for words in _unusual(first))
+        return (
+            f"{first['success_rate']:.0%} ({interval.low:.0%} to {interval.high:.0%})"
+            f" at update {self.manifest.updates:,}{unusual}"  # the run may have gone on since its export
+            + (f"; of {len(self.served)} reports" if others else "")
+        )
 
 
 def _leave_out_what_is_being_written(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -127,15 +136,31 @@ def _leave_out_what_is_being_written(curves: dict[str, tuple[np.ndarray, np.ndar
         curves |= {tag: (whole, values[np.isin(steps, whole)]) for tag, (steps, values) in success.items()}
 
 
-def _served(path: Path, sha256: str) -> dict[str, Any] | None:
+def _served(path: Path, sha256: str) -> list[dict[str, Any]]:
+    """The most usual evaluation first; of equals that of most episodes, then the first by name."""
+    reports: list[dict[str, Any]] = []
     for file in (*sorted(path.glob("*.json")), *sorted(path.resolve().parent.glob("*.json"))):
         try:
             found = json.loads(file.read_text())
         except (ValueError, OSError):  # somebody else's
             continue
-        if isinstance(found, dict) and found.get("policy_sha256") == sha256:
-            return found
-    return None
+        if isinstance(found, dict) and found.get("policy_sha256") == sha256 and found not in reports:
+            reports.append(found)
+    return sorted(reports, key=lambda r: (_other_task(r), len(_unusual(r)), -r["episodes"]))
+
+
+def _other_task(report: dict[str, Any]) -> bool:
+    return bool(report.get("task") != report.get("policy_task"))
+
+
+def _unusual(report: dict[str, Any]) -> list[str]:
+    """What an evaluation had other than the policy's own task in the default world."""
+    world = dict(report.get("world", {}))
+    world |= world.pop("randomize", {})
+    task = [f"task {report['task']}"] if _other_task(report) else []
+    return task + [
+        f"{name} {value}" for name, value in world.items() if (value != USUAL[name] if name in USUAL else value)
+    ]
 
 
 def write_report(config: Report) -> None:

@@ -47,7 +47,9 @@ def train(config: RunConfig) -> Path:
         torch.OutOfMemoryError: when the GPU has too little memory.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, with a checkpoint saved; on a second one, perhaps without.
     """
-    if not config.resume and config.output.exists() and any(config.output.iterdir()):
+    # A name with a dot is what a run that was killed while it wrote its settings has left.
+    taken = config.output.exists() and any(not path.name.startswith(".") for path in config.output.iterdir())
+    if taken and not config.resume:
         raise Rejected("--output", "a new or empty directory", str(config.output), "choose another, or add --resume")
     keep_freed_memory()
     if config.threads:
@@ -251,6 +253,7 @@ def _describe(run: Run) -> None:
 
 
 def _record(config: RunConfig) -> None:
+    remove_unfinished(config.output / SETTINGS)
     text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
     write_atomically(config.output / SETTINGS, text.encode())
 

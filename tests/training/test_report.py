@@ -3,16 +3,20 @@
 import hashlib
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.makers import tiny_policy_file
+from sim_client.randomization import Randomization
+from sim_client.world import World
+from tests.makers import small_spec, tiny_manifest, tiny_policy_file
 from tests.training.conftest import leave_out_the_export
 from tests.training.test_run import arguments
 from training.config import parse
-from training.report import COLUMNS, Report, Run, _figure, main, write_report
+from training.report import COLUMNS, Report, Run, _figure, _served, main, write_report
 from training.run import train
 
 
@@ -51,12 +55,33 @@ def test_a_row_takes_success_from_the_curves_and_from_the_server_s_report(runs: 
     (runs[0] / "report.json").write_text(json.dumps(served))
     run = Run.read(runs[0])
     assert cell(run, "success in training") == "best 75% (65% to 85%) at update 20, last 50%"
-    assert cell(run, "success through the server") == "90% (60% to 98%)"
+    assert cell(run, "success through the server") == "90% (60% to 98%) at update 10"
     assert cell(run, "updates") == "40"
     (runs[0] / "report.json").write_text(json.dumps(served | {"policy_sha256": "another"}))
     assert cell(Run.read(runs[0]), "success through the server") == ""
     (runs[0].parent / "report.json").write_text(json.dumps(served))  # as the demo leaves it
-    assert cell(Run.read(runs[0]), "success through the server") == "90% (60% to 98%)"
+    assert cell(Run.read(runs[0]), "success through the server") == "90% (60% to 98%) at update 10"
+
+
+def test_of_several_reports_the_usual_world_s_is_shown_and_another_s_says_what_it_is_of(tmp_path: Path) -> None:
+    def told(**differs: Any) -> str:
+        if differs:
+            write(f"a{len(list(tmp_path.iterdir()))}", **differs)
+        manifest = tiny_manifest(small_spec(), None)  # type: ignore[arg-type]
+        return Run("run", None, {}, manifest, _served(tmp_path, "x"))._through_the_server()  # type: ignore[arg-type]
+
+    def write(name: str, successes: int, task: str = "reach", **world: Any) -> None:
+        report = {"task": task, "policy_task": "reach", "world": asdict(World(**world)), "policy_sha256": "x"}
+        counts = {"successes": successes, "episodes": 10, "success_rate": successes / 10}
+        (tmp_path / f"{name}.json").write_text(json.dumps(report | counts))
+
+    tmp_path = tmp_path / "run"
+    tmp_path.mkdir()
+    assert told() == ""
+    assert told(successes=5, task="push").endswith("at update 10, task push")
+    hard = {"randomize": Randomization(friction=0.3), "view": "side"}
+    assert told(successes=4, **hard) == "40% (17% to 69%) at update 10, view side, friction 0.3; of 2 reports"
+    assert told(successes=9) == "90% (60% to 98%) at update 10; of 3 reports"
 
 
 def test_the_best_is_what_was_exported(runs: list[Path]) -> None:
@@ -88,7 +113,7 @@ def test_the_legend_names_every_run_whatever_it_logged() -> None:
     """CQL alone has values/alpha, and the first panel is that one's."""
     curve = np.array([20, 40]), np.array([0.1, 0.2])
     made = [
-        Run(name, None, dict.fromkeys(tags, curve), None, None)  # type: ignore[arg-type]
+        Run(name, None, dict.fromkeys(tags, curve), None, [])  # type: ignore[arg-type]
         for name, tags in (("iql", ["values/v"]), ("cql", ["values/alpha", "values/v"]), ("bc", ["losses/actor"]))
     ]
     figure = _figure(made, ["values/alpha", "values/v"])

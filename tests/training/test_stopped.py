@@ -37,6 +37,13 @@ def test_too_little_memory_is_no_traceback(
     assert all(words in said for words in ("20.00 GiB", "--batch-size", "--network.fields", "--device cpu"))
 
 
+@pytest.mark.usefixtures("without_export")
+def test_a_run_killed_while_it_wrote_its_settings_may_start_again(reach_path: Path, tmp_path: Path) -> None:
+    (tmp_path / ".config.json.k1ll3dxx").write_text("{")
+    train(parse(arguments(reach_path, tmp_path, "--updates", "1")))
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
 @pytest.mark.parametrize("budget", [7, None])
 def test_where_evaluation_fails_the_command_that_does_without_it_is_one(
     budget: int | None, reach_path: Path, tmp_path: Path

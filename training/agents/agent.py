@@ -151,7 +151,9 @@ class Learner:
             return f"{', '.join(bad)} not finite"
         for name in ("values/q", "values/v"):
             if abs(scalars.get(name, 0.0)) > self._value_bound:
-                beyond = f"{self._value_bound:.3g}: ten times the largest return that rewards allow, and at least 10"
+                beyond = (
+                    f"{self._value_bound:.3g}: ten times the largest reward earned again and again, and at least 10"
+                )
                 return f"{name} exploded: {scalars[name]:.3g} is beyond {beyond}"
         return None
 

@@ -15,7 +15,7 @@ from protos.codec import unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status
 from protos.spaces import ACTION, SPEC, Pose
-from serving.sessions import WAITING, Sessions
+from serving.sessions import SPARED_S, WAITING, Sessions
 from tests.makers import small_spec, tiny_policy_file
 from tests.serving.requests import acting, refusal
 from tests.serving.test_dispatcher import until
@@ -256,6 +256,15 @@ def test_who_starts_episodes_and_dies_locks_nobody_out(policy):
     assert [sessions.get(open_[i].id) for i in (0, 2)] == [open_[0], open_[2]]
     with pytest.raises(Rejected, match="made room"):
         sessions.get(open_[1].id)
+
+
+def test_an_episode_lives_as_long_as_it_is_called(serve, healthy):
+    running = serve(policy=(str(healthy),), max_episodes=1)
+    id_ = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
+    running.server.sessions.get(id_).touched -= SPARED_S
+    running.stub.GetAction(acting(1, episode_id=id_, step=1))
+    assert refusal(running.stub.StartEpisode, pb.StartEpisodeRequest())[0] == "RESOURCE_EXHAUSTED"
+    running.stub.GetAction(acting(2, episode_id=id_, step=2))
 
 
 def test_episodes_are_bounded_and_idle_ones_forgotten(serve, healthy):

@@ -1,5 +1,6 @@
 """What every task must be: solvable from every side, symmetric, settled, repeatable; and a proper Gymnasium id."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,14 @@ from gymnasium.wrappers import RecordVideo
 from protos.spaces import ACTION, OBSERVATION
 from protos.symmetry import Element
 from sim_client import ENV_IDS, MAX_STEPS, TaskName
+from sim_client.arm import (
+    TOOL_HIGH_M,
+    TOOL_LOW_M,
+    WORKSPACE_CENTRE,
+    WORKSPACE_HALF_M,
+    YAW_CENTRE_RAD,
+    YAW_REACH_RAD,
+)
 from sim_client.env import TabletopEnv
 from sim_client.tasks import TASKS, TWINS
 from sim_client.world import unwrapped
@@ -311,3 +320,16 @@ def test_looking_does_not_change_what_the_robot_sees() -> None:
     np.testing.assert_array_equal(plain.step(action)[0]["depth"], watched.step(action)[0]["depth"])
     plain.close()
     watched.close()
+
+
+@pytest.mark.parametrize("side", [1.0, -1.0])
+def test_no_command_takes_the_tool_out_of_its_workspace(side: float) -> None:
+    """Nor into the table, nor the wrist to its joint's end."""
+    with contextlib.closing(gymnasium.make(ENV_IDS["block_picking"])) as env:
+        _, info = env.reset(seed=0)
+        for _ in range(10):
+            *_, info = env.step(np.array([1.0, 0.05 * side, 0.0, -0.05 * side, side * math.pi / 4], np.float32))
+    x, _, z, yaw = info["tool_pose"]
+    edge, low_or_high = WORKSPACE_CENTRE[0] + side * WORKSPACE_HALF_M, TOOL_LOW_M if side > 0 else TOOL_HIGH_M
+    np.testing.assert_allclose((x, z), (edge, low_or_high), atol=5e-3)
+    assert abs(yaw - YAW_CENTRE_RAD - side * YAW_REACH_RAD) < 0.03

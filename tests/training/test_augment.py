@@ -91,6 +91,20 @@ def test_every_sample_gets_an_angle_of_its_own() -> None:
     torch.testing.assert_close(planar.norm(dim=1), same.action[:, ACTION.slice_of("planar")].norm(dim=1))
 
 
+def test_angles_and_shifts_are_drawn_from_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evenly: over the circle, and over the disc of the given radius."""
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr("training.data.augment.transform", lambda batch, *all_: drawn.extend((all_[0], all_[3])))
+    randomly(batch_of(SMALL, size=4000), SMALL, torch.Generator().manual_seed(0), shift_m=0.02)
+    angle, shift = drawn
+    where = torch.atan2(shift[:, 1], shift[:, 0]) % (2 * math.pi)
+    for turn in (angle, where):
+        assert torch.histc(turn, 8, 0, 2 * math.pi).min() > 400  # of 500
+    radius = shift.norm(dim=1)
+    assert radius.max() <= 0.02 + 1e-6
+    assert 0.45 < (radius > 0.02 / math.sqrt(2)).float().mean() < 0.55  # half of the disc lies there
+
+
 def test_o2_mirrors_about_half_of_the_batch() -> None:
     batch = batch_of(SMALL, size=200)
     after = randomly(batch, SMALL, torch.Generator().manual_seed(0), reflections=True)

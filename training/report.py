@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import matplotlib
 import numpy as np
 import onnx
 import tyro
@@ -185,6 +186,8 @@ def _group(tag: str) -> str:
 
 def _figure(runs: list[Run], tags: list[str]) -> Figure:
     """One panel per tag, one line per run."""
+    colour_map = matplotlib.colormaps["tab10" if len(runs) <= 10 else "turbo"].resampled(max(10, len(runs)))
+    colours = [colour_map(number) for number in range(len(runs))]
     columns = min(3, len(tags))
     rows = math.ceil(len(tags) / columns)
     figure = Figure(figsize=(5 * columns, 3.2 * rows), dpi=80, layout="constrained")
@@ -192,17 +195,19 @@ def _figure(runs: list[Run], tags: list[str]) -> Figure:
         axis = figure.add_subplot(rows, columns, place + 1)
         for number, run in enumerate(runs):
             if tag in run.curves:
-                _draw(axis, run, tag, f"C{number}")
+                _draw(axis, run, tag, colours[number])
         axis.set(title=tag, xlabel="update")
         if tag == RATE:
             axis.set_ylim(0, 1.02)
     drawn = [(number, run) for number, run in enumerate(runs) if run.curves.keys() & set(tags)]
-    lines = [Line2D([], [], color=f"C{number}", label=run.name) for number, run in drawn]
-    figure.legend(handles=lines, fontsize=8, loc="outside lower left", ncols=min(4, len(lines)))
+    lines = [Line2D([], [], color=colours[number], label=str(number)) for number, _ in drawn]
+    legend = figure.legend(handles=lines, fontsize=8, loc="outside lower left", ncols=min(4, len(lines)))
+    for text, (_, run) in zip(legend.get_texts(), drawn, strict=True):
+        text.set(text=run.name, parse_math=False)  # as a label, a name that begins with _ would be left out
     return figure
 
 
-def _draw(axis: Axes, run: Run, tag: str, colour: str) -> None:
+def _draw(axis: Axes, run: Run, tag: str, colour: Any) -> None:
     steps, values = run.curves[tag]
     if tag == RATE:
         low, high = (run.curves[tag][1] for tag in INTERVAL)

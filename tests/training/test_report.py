@@ -120,6 +120,15 @@ def test_the_legend_names_every_run_whatever_it_logged() -> None:
     assert [text.get_text() for legend in figure.legends for text in legend.get_texts()] == ["iql", "cql"]
 
 
+def test_the_legend_takes_any_name_and_a_colour_of_its_own_for_each_run() -> None:
+    curve = np.array([20, 40]), np.array([0.1, 0.2])
+    names = ["_a", "$x$", *map(str, range(10))]
+    (legend,) = _figure([Run(n, None, {"values/v": curve}, None, []) for n in names], ["values/v"]).legends  # type: ignore[arg-type]
+    assert [text.get_text() for text in legend.get_texts()] == names
+    assert not any(text.get_parse_math() for text in legend.get_texts())
+    assert len({tuple(line.get_color()) for line in legend.get_lines()}) == len(names)
+
+
 @pytest.mark.usefixtures("without_export")
 def test_a_resumed_run_keeps_its_last_point(reach_path: Path, tmp_path: Path) -> None:
     args = arguments(reach_path, tmp_path / "run", "--updates", "25")

@@ -44,9 +44,10 @@ def test_advantage_weights_are_exponential_and_clipped() -> None:
     assert weights.tolist() == pytest.approx([1.0, math.e, 100.0])
 
 
+@pytest.mark.parametrize("config", [IQLConfig(), IQLConfig(expectile=0.7, temperature=0.1, largest_weight=1.01)])
 @pytest.mark.parametrize("equivariance", FAMILIES)
-def test_iql_s_losses_are_the_paper_s(equivariance: str) -> None:
-    agent, batch = make(IQL, IQLConfig(), equivariance), batch_of(SMALL)
+def test_iql_s_losses_are_the_paper_s(equivariance: str, config: IQLConfig) -> None:
+    agent, batch = make(IQL, config, equivariance), batch_of(SMALL)
     set_apart(agent.target_critic)
     with torch.no_grad():
         q = agent.target_critic(batch.state, batch.action).amin(dim=0)
@@ -59,8 +60,9 @@ def test_iql_s_losses_are_the_paper_s(equivariance: str) -> None:
     for i in range(size):
         target = batch.reward[i] + batch.discount[i] * v_next[i]
         critic += sum(float(twin[k, i] - target) ** 2 for k in range(2)) / size
-        actor -= min(math.exp(float(q[i] - v[i]) / 0.5), 100.0) * float(log_prob[i]) / size
-        tau = 0.8 if q[i] > v[i] else 0.2
+        weight = min(math.exp(float(q[i] - v[i]) / config.temperature), config.largest_weight)
+        actor -= weight * float(log_prob[i]) / size
+        tau = config.expectile if q[i] > v[i] else 1 - config.expectile
         value += tau * float(q[i] - v[i]) ** 2 / size
     got = [losses[f"losses/{n}"].item() for n in ("critic", "actor", "value")]
     assert got == pytest.approx([critic, actor, value], rel=1e-4)
@@ -199,15 +201,20 @@ def test_the_conservative_gap_by_hand() -> None:
     assert gap.tolist() == pytest.approx([math.log((1 + math.e) / 2) - 0.5, 2.0 - 3.0])
 
 
+@pytest.mark.parametrize(
+    "config",
+    [CQLConfig(proposals=2), CQLConfig(2.0, proposals=2, softness=0.5, entropy_temperature=0.05, target_entropy=-3.0)],
+)
 @pytest.mark.parametrize("equivariance", FAMILIES)
-def test_cql_s_losses_are_the_paper_s(equivariance: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    agent, batch = make(CQL, CQLConfig(proposals=2), equivariance), batch_of(SMALL)
+def test_cql_s_losses_are_the_paper_s(equivariance: str, config: CQLConfig) -> None:
+    agent, batch = make(CQL, config, equivariance), batch_of(SMALL)
+    soft_max = config.softness
     set_apart(agent.target_critic)
     torch.manual_seed(1)
     losses = agent.losses(batch)
     torch.manual_seed(1)
     with torch.no_grad():
-        pi, next_pi, alpha = agent.actor(batch.state), agent.actor(batch.next_state), 0.01
+        pi, next_pi, alpha = agent.actor(batch.state), agent.actor(batch.next_state), config.entropy_temperature
         action, log_prob, share = next_pi.with_every_command(*next_pi.sample(1))
         soft = agent.target_critic(batch.next_state, action).amin(dim=0) - alpha * log_prob
         target = batch.reward + batch.discount * (share * soft).sum(dim=0)
@@ -217,18 +224,20 @@ def test_cql_s_losses_are_the_paper_s(equivariance: str, monkeypatch: pytest.Mon
             for i in range(5):
                 recorded = float(agent.critic(batch.state, batch.action)[k, i])
                 terms = [
-                    math.exp(float(agent.critic(batch.state, a[n : n + 1])[k, 0, i]) - float(density[n, i]))
+                    math.exp(float(agent.critic(batch.state, a[n : n + 1])[k, 0, i]) / soft_max - float(density[n, i]))
                     for a, density in proposals
                     for n in range(2)
                 ]
-                gap += (math.log(sum(terms) / 6) - recorded) / 5
+                gap += (soft_max * math.log(sum(terms) / 6) - recorded) / 5
                 critic += (recorded - float(target[i])) ** 2 / 5
         action, log_prob, share = pi.with_every_command(*pi.sample(1))
         soft = agent.critic(batch.state, action).amin(dim=0) - alpha * log_prob
         actor = -(share * soft).sum(dim=0).mean().item()
         entropy = -(share * log_prob).sum(dim=0).mean().item()
     got = [losses[f"losses/{n}"].item() for n in ("critic", "conservative", "actor", "alpha")]
-    assert got == pytest.approx([critic, gap, actor, alpha * (entropy + 5)], rel=1e-3)
+    target_entropy = -5 if config.target_entropy is None else config.target_entropy
+    expected = [critic, config.conservative_weight * gap, actor, alpha * (entropy - target_entropy)]
+    assert got == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("config", CLONING, ids=lambda config: config.cloning_value)

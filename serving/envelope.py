@@ -142,7 +142,7 @@ class Envelope:
     """What may be executed under one contract and one set of limits.
 
     Raises:
-        Rejected: when a limit names a field that the contract does not have.
+        Rejected: when a limit names a field that the contract does not have, or the floor is above the workspace.
     """
 
     def __init__(self, spec: PolicySpec, limits: Limits = Limits()) -> None:
@@ -156,12 +156,14 @@ class Envelope:
         self._low, self._high = (*box.low[:2], max(box.low[2], self.limits.z_floor_m)), box.high
         self._floored = self.limits.z_floor_m >= box.low[2]
         self._bounded = any(map(math.isfinite, (*self._low, *self._high)))
+        self._least = [low - STRAY_M if math.isfinite(low) else -REACH_M for low in self._low]
+        self._most = [high + STRAY_M if math.isfinite(high) else REACH_M for high in self._high]
         if self._low[2] >= self._high[2]:
             expected, got = f"below {self._high[2]:g} m, the workspace's upper wall", f"{self.limits.z_floor_m:g}"
             raise Rejected("limits['z_floor_m']", expected, got, "no motion could end between them")
 
     def tighter(self, asked: Mapping[str, float]) -> "Envelope":
-        """This one within an episode's own limits. Raises what Limits.tightened raises."""
+        """This one within an episode's own limits. Raises what Limits.tightened and Envelope raise."""
         return Envelope(self.spec, self.limits.tightened(asked, self.spec.action))
 
     def require_pose(self, pose: Pose | None) -> None:
@@ -176,9 +178,7 @@ class Envelope:
         if pose is None:
             remedy = "this server keeps a workspace; send where the gripper is"
             raise Rejected("observation.pose", "a pose", "none", remedy, Status.FAILED_PRECONDITION)
-        for name, value, low, high in zip("xyz", (pose.x, pose.y, pose.z), self._low, self._high, strict=True):
-            least = low - STRAY_M if math.isfinite(low) else -REACH_M
-            most = high + STRAY_M if math.isfinite(high) else REACH_M
+        for name, value, least, most in zip("xyz", (pose.x, pose.y, pose.z), self._least, self._most, strict=True):
             if not least <= value <= most:
                 remedy = "check unit and frame: metres, in the robot's base frame"
                 raise Rejected(f"observation.pose.{name}", f"{least:g} to {most:g} m", f"{value:g} m", remedy)

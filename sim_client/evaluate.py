@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -79,10 +79,6 @@ class Evaluate:
             raise ValueError(f"--min-success is a share between 0 and 1, got {self.min_success}")
 
 
-class Interrupted(KeyboardInterrupt):
-    """An evaluation, before its last episode."""
-
-
 class Outcome(NamedTuple):
     """Of one episode; its frames would be 3 MB."""
 
@@ -138,7 +134,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     Raises:
         PolicyError: when the server refuses or cannot be reached.
         Rejected: when it serves another contract.
-        Interrupted: with what was done until then.
+        KeyboardInterrupt: this and a PolicyError in the middle have a note of what was done until then.
     """
     print(f"waiting for {config.connection.server}, {config.wait_s:g} s at most", file=sys.stderr)
     env = config.world.make(config.task)
@@ -158,18 +154,13 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
                 episode = robot.run(env, seed)
                 episodes.append(Outcome(seed, len(episode), episode.success))
                 bar.set_postfix_str(f"{sum(e.success for e in episodes)}/{len(episodes)} succeeded")
-        except KeyboardInterrupt:
-            raise Interrupted(f"interrupted {_so_far(episodes, config.episodes)}") from None
-        except PolicyError as error:
-            error.add_note(_so_far(episodes, config.episodes))
+        except (KeyboardInterrupt, PolicyError) as error:
+            succeeded = sum(e.success for e in episodes)
+            error.add_note(f"after {len(episodes)} of {config.episodes} episodes, of which {succeeded} succeeded")
             raise
         seconds = time.perf_counter() - start
     env.close()
     return _report(config, info, episodes, robot, seconds)
-
-
-def _so_far(episodes: Sequence[Outcome], of: int) -> str:
-    return f"after {len(episodes)} of {of} episodes, of which {sum(e.success for e in episodes)} succeeded"
 
 
 def _report(config: Evaluate, policy: Any, episodes: list[Outcome], robot: Robot, seconds: float) -> dict[str, Any]:
@@ -216,11 +207,10 @@ def main() -> int:
     try:
         report = evaluate(config)
     except KeyboardInterrupt as interrupted:
-        print(str(interrupted) or "interrupted", file=sys.stderr)
+        print(f"interrupted{_so_far(interrupted)}", file=sys.stderr)
         return 128 + signal.SIGINT
     except (PolicyError, Rejected, ValueError, OSError) as error:
-        so_far = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
-        print(f"evaluation stopped{so_far}: {error}", file=sys.stderr)
+        print(f"evaluation stopped{_so_far(error)}: {error}", file=sys.stderr)
         return 2
     latency = report["latency_ms"]
     print(
@@ -238,6 +228,10 @@ def main() -> int:
         print(f"below --min-success {config.min_success:.1%}", file=sys.stderr)
         return 1
     return 0
+
+
+def _so_far(error: BaseException) -> str:
+    return "".join(f" {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _no_report(config: Evaluate, error: OSError) -> int:

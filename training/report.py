@@ -119,13 +119,13 @@ class Run:
     def _through_the_server(self) -> str:
         if not self.served or self.manifest is None:
             return ""
-        first, *others = self.served
+        first = self.served[0]
         interval = wilson(first["successes"], first["episodes"])
         unusual = "".join(f", {words}" for words in _unusual(first))
         return (
             f"{first['success_rate']:.0%} ({interval.low:.0%} to {interval.high:.0%})"
             f" at update {self.manifest.updates:,}{unusual}"  # the run may have gone on since its export
-            + (f"; of {len(self.served)} reports" if others else "")
+            + (f"; of {len(self.served)} reports" if len(self.served) > 1 else "")
         )
 
 

@@ -59,9 +59,9 @@ def train(config: RunConfig) -> Path:
     evaluations = Evaluations(run) if config.eval_every else None  # in all processes: all refuse, or none
     if not run.processes.leads:
         evaluations = None
+    if run.processes.leads:
+        _clear_up(config.output)
     if config.resume:
-        if run.processes.leads:
-            _clear_up(config.output)
         run.restore()
         if run.progress >= 1 and run.processes.leads:
             spent = f"{run.updates} updates, {run.seconds / 60:.1f} minutes"
@@ -89,7 +89,7 @@ def train(config: RunConfig) -> Path:
 
 def _clear_up(output: Path) -> None:
     """What processes that were killed while they wrote have left."""
-    for name in (CHECKPOINT, BEST, POLICY):
+    for name in (SETTINGS, CHECKPOINT, BEST, POLICY):
         remove_unfinished(output / name)
     for scratch in (output / FOLDER).glob(".update-*.pt.????????"):
         scratch.unlink()
@@ -253,7 +253,6 @@ def _describe(run: Run) -> None:
 
 
 def _record(config: RunConfig) -> None:
-    remove_unfinished(config.output / SETTINGS)
     text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
     write_atomically(config.output / SETTINGS, text.encode())
 

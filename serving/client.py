@@ -158,11 +158,33 @@ class Episode:
     def __init__(self, client: "PolicyClient", started: pb.StartEpisodeResponse) -> None:
         self.id, self.version, self.limits = started.episode_id, started.version, dict(started.limits)
         self._client, self._steps = client, itertools.count(1)
+        self._applied = self._applied_before = 0
+        self._stopped = False
         self.outcome = Outcome.OUTCOME_UNSPECIFIED
 
-    def act(self, observation: Observation, pose: Pose | None = None, *, age_us: int = 0) -> Answer:
-        """The next step; as PolicyClient.act."""
-        return self._client._act(observation, pose, age_us, episode_id=self.id, step=next(self._steps))
+    def act(
+        self, observation: Observation, pose: Pose | None = None, *, age_us: int = 0, at_rest: bool = False
+    ) -> Answer:
+        """The next step; as PolicyClient.act. Unless it raises, its answer counts as applied.
+
+        Args:
+            at_rest: the arm stands still, as after a pause, so jump limits count from there. After a step without an
+                answer, and after `not_applied`, it does anyway.
+        """
+        step, at_rest = next(self._steps), at_rest or self._stopped
+        self._stopped = True  # until an answer is here
+        whose = {"episode_id": self.id, "step": step, "applied_step": self._applied, "at_rest": at_rest}
+        answer = self._client._act(observation, pose, age_us, **whose)
+        self._applied_before, self._applied, self._stopped = self._applied, step, False
+        return answer
+
+    def not_applied(self) -> None:
+        """Say, before the next step, that the last answer was not applied after all: somebody had pressed stop, say.
+
+        The next motion then begins at rest, and an import of the recording leaves out what was never done.
+        """
+        if not self._stopped:
+            self._applied, self._stopped = self._applied_before, True
 
     def succeeded(self, success: bool = True) -> None:
         """How it went; told when the episode ends. Recordings are labelled with it."""

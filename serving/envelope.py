@@ -5,7 +5,7 @@ Pure, and plain floats rather than numpy: five numbers are not worth an array. R
     not_finite  anything that is no number means: stay where you are
     limit       each field within its bound; a vector is shortened and keeps its direction
     step        the length of the whole translation
-    jump        the difference from the action before, in an episode
+    jump        the difference from the motion before, in an episode; from none, where the arm is at rest
     z_floor, workspace   where the tool would end; these come last, so a wall stops it however sudden that is
 """
 
@@ -152,6 +152,7 @@ class Envelope:
         self._fields: tuple[tuple[Field, tuple[int, ...]], ...] = tuple((f, places[f.name]) for f in spec.action.fields)
         self._translation = [(f, p) for f, p in self._fields if set(f.components) <= set(AXIS_OF)]
         self._rotation = [(f, p) for f, p in self._fields if f.components == (ROTATION,)]
+        self._rest = (0.0,) * spec.action.size
         box = self.limits.workspace or Workspace((-math.inf,) * 3, (math.inf,) * 3)
         self._low, self._high = (*box.low[:2], max(box.low[2], self.limits.z_floor_m)), box.high
         self._floored = self.limits.z_floor_m >= box.low[2]
@@ -191,6 +192,7 @@ class Envelope:
         gripper: float = 0.0,
         pose: Pose | None = None,
         previous: Sequence[float] | NDArray[np.float32] | None = None,
+        at_rest: bool = False,
     ) -> Decision:
         """Keep an action [A] within every limit.
 
@@ -198,7 +200,8 @@ class Envelope:
             sound: whether all else that the policy said is finite; if not, its action is not believed either.
             gripper: the observation's, for a hand that must keep what it holds.
             pose: where the tool is; needed where a workspace or a floor is kept.
-            previous: the action that was executed before; None: there was none.
+            previous: the action that was executed before; None: there was none, or it is not known.
+            at_rest: the arm stands still, so that any motion is a jump from none.
 
         Raises:
             Rejected: what `require_pose` raises.
@@ -210,7 +213,9 @@ class Envelope:
         motion = _Motion(proposed)
         self._keep_bounds(motion)
         self._keep_step(motion)
-        if previous is not None:
+        if at_rest:
+            self._keep_jump(motion, self._rest)
+        elif previous is not None:
             self._keep_jump(motion, previous)
         if self._bounded and pose is not None:
             self._keep_inside(motion, (pose.x, pose.y, pose.z))
@@ -256,7 +261,7 @@ class Envelope:
                 motion.change(f, places, [motion.values[p] * share for p in places], "step", self.limits.step_m)
 
     def _keep_jump(self, motion: "_Motion", previous: Sequence[float] | NDArray[np.float32]) -> None:
-        """Towards the wish, but no further from the action before; both lie within the bounds, so this does too."""
+        """Towards the wish, but no further from the motion before; both lie within the bounds, so this does too."""
         for parts, bound in ((self._translation, self.limits.jump_m), (self._rotation, self.limits.jump_rad)):
             places = [p for _, places in parts for p in places]
             jump = math.hypot(*(motion.values[p] - float(previous[p]) for p in places))

@@ -25,6 +25,7 @@ from serving.errors import PolicyRefused
 from serving.flight import files_of, limits_of, read
 from serving.policy import Policy, load
 from serving.sampling import sample
+from serving.sessions import Before
 
 DIFFERENT, NOT_CARRIED_OUT = 1, 2
 NO_START = "in episodes whose start is not in the recording: greedy or sampled is not known"
@@ -93,8 +94,8 @@ class Again:
         self._limits: dict[str, Limits] = {}
         """By version: what the server kept it within, where the recording tells."""
         self._episodes: dict[str, pb.StartEpisodeRequest] = {}
-        self._before: dict[str, NDArray[np.float32]] = {}
-        """The last action of each of those."""
+        self._last: dict[str, tuple[int, NDArray[np.float32]]] = {}
+        """The last step of each of those, and its action."""
         self.same = 0
         self.differences: list[str] = []
         """Of an action each: its file, its request, and what differs."""
@@ -115,7 +116,7 @@ class Again:
                 self._episodes[message.response.episode_id] = message.request
             elif isinstance(message, pb.FlightEnd):
                 self._episodes.pop(message.request.episode_id, None)
-                self._before.pop(message.request.episode_id, None)
+                self._last.pop(message.request.episode_id, None)
             elif isinstance(message, pb.FlightAction):
                 self._compare(file, message)
 
@@ -131,7 +132,7 @@ class Again:
         else:
             self.same += 1
         if policy is not None and request.episode_id in self._episodes:
-            self._before[request.episode_id] = unpack_action(response.action, policy.spec.action)
+            self._last[request.episode_id] = request.step, unpack_action(response.action, policy.spec.action)
 
     def _answer(self, policy: Policy, request: pb.GetActionRequest) -> pb.GetActionResponse:
         """What serving.servicer says: raw_action, std and value, and where limits are known the action."""
@@ -148,12 +149,14 @@ class Again:
         )
         if (limits := self._limits.get(policy.version)) is not None:
             envelope = Envelope(policy.spec, limits).tighter(episode.limits if episode else {})
+            before = Before.of(request, *self._last.get(request.episode_id, ()))
             decision = envelope.decide(
                 proposed,
                 sound=proposal.sound,
                 gripper=observation.gripper,
                 pose=unpack_pose(request.observation),
-                previous=self._before.get(request.episode_id),
+                previous=before.action,
+                at_rest=before.at_rest,
             )
             answer.action.CopyFrom(pack_action(decision.action, spec))
         return answer

@@ -8,7 +8,6 @@ import grpc
 import numpy as np
 from google.protobuf.message import Message
 from google.rpc import code_pb2
-from numpy.typing import NDArray
 
 from protos.codec import pack_action, unpack_observation, unpack_pose
 from protos.equiserve.v1 import policy_pb2 as pb
@@ -23,10 +22,12 @@ from serving.policy import BATCH, Policy, Proposal
 from serving.recorder import Recorder
 from serving.registry import Registry
 from serving.sampling import sample
-from serving.sessions import Episode, Sessions
+from serving.sessions import Before, Episode, Sessions
 from serving.stats import stats_of
 
 MAX_BATCH_ITEMS = 256
+OF_EPISODES = ("episode_id", "step", "applied_step")
+"""What a request has in an episode alone."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class _Task:
     look: Look
     rng: np.random.Generator | None
     """Where to draw from, or None for the greedy action."""
-    previous: NDArray[np.float32] | None = None
+    before: Before
 
 
 class PolicyServicer(pb_grpc.PolicyServiceServicer):
@@ -69,11 +70,13 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             call.phases.seconds["queue"] = call.pool_s
             if request.episode_id:
                 _require_mode(request.mode)
+                _require_order(request)
                 episode = self._sessions.get(request.episode_id)
                 episode.require_pinned(request)
                 return episode.step(request, call.patience_s, lambda before: self._act(request, call, episode, before))
-            if request.step:
-                raise Rejected("step", "0 outside an episode", str(request.step), "call StartEpisode first")
+            for field in (name for name in OF_EPISODES if getattr(request, name)):
+                expected, got = "0 outside an episode", str(getattr(request, field))
+                raise Rejected(field, expected, got, "call StartEpisode first")
             return self._act(request, call)
 
     def GetActionBatch(
@@ -86,8 +89,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             tasks: dict[Policy, list[tuple[int, _Task]]] = {}
             for i, one in enumerate(request.requests):
                 try:
-                    if one.episode_id or one.step:
-                        field = "episode_id" if one.episode_id else "step"
+                    for field in (name for name in OF_EPISODES if getattr(one, name)):
                         raise Rejected(field, "nothing in a batch", "a value", "an episode acts by GetAction")
                     task = self._understand(one, call)
                     tasks.setdefault(task.policy, []).append((i, task))
@@ -177,12 +179,12 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         request: pb.GetActionRequest,
         call: Call,
         episode: Episode | None = None,
-        previous: NDArray[np.float32] | None = None,
+        before: Before | None = None,
     ) -> pb.GetActionResponse:
         """One observation's way through the server."""
         phases = call.phases
         with phases.timed("decode"):
-            task = self._understand(request, call, episode, previous)
+            task = self._understand(request, call, episode, before)
         left_s = self._valid_for_s - task.age_s
         try:
             caller = call.caller(left_s - call.elapsed_s, last_turn=True)
@@ -203,7 +205,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         request: pb.GetActionRequest,
         call: Call,
         episode: Episode | None = None,
-        previous: NDArray[np.float32] | None = None,
+        before: Before | None = None,
     ) -> _Task:
         """Everything that can be refused before the model is asked."""
         policy = episode.policy if episode else self._registry.resolve(request.policy, request.version)
@@ -227,7 +229,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             age_s,
             look,
             np.random.default_rng(seed) if mode == pb.MODE_SAMPLE else None,
-            previous,
+            before or Before.of(request),
         )
 
     def _respond(self, task: _Task, proposal: Proposal, call: Call) -> pb.GetActionResponse:
@@ -238,7 +240,12 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             if task.rng is not None and sound:
                 proposed = sample(proposed, proposal.std, spec, task.rng)
             decision = task.envelope.decide(
-                proposed, sound=sound, gripper=task.observation.gripper, pose=task.pose, previous=task.previous
+                proposed,
+                sound=sound,
+                gripper=task.observation.gripper,
+                pose=task.pose,
+                previous=task.before.action,
+                at_rest=task.before.at_rest,
             )
             self._count(decision, task)
         with call.phases.timed("encode"):
@@ -294,6 +301,11 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
 def _require_mode(mode: int) -> None:
     if mode not in pb.Mode.values():
         raise Rejected("mode", ", ".join(pb.Mode.keys()), str(mode))
+
+
+def _require_order(request: pb.GetActionRequest) -> None:
+    if request.HasField("applied_step") and request.applied_step >= request.step:
+        raise Rejected("applied_step", f"a step before this one, {request.step}", str(request.applied_step))
 
 
 def _item_status(refused: Rejected) -> pb.ItemStatus:

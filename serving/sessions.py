@@ -6,17 +6,34 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from protos.codec import unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status, shown
 from serving.envelope import Envelope
 from serving.policy import Policy
 
-Answer = Callable[[NDArray[np.float32] | None], pb.GetActionResponse]
-"""What is asked for a new step: given the action that was answered before, if any."""
+
+class Before(NamedTuple):
+    """What came before a step: the action [A] that was carried out, if it is known, and whether the arm is at rest."""
+
+    action: NDArray[np.float32] | None
+    at_rest: bool
+
+    @classmethod
+    def of(cls, request: pb.GetActionRequest, step: int = 0, action: NDArray[np.float32] | None = None) -> "Before":
+        """Of this request, where `action` was the last answer of its episode, for `step`."""
+        if action is not None and request.HasField("applied_step") and request.applied_step < step:
+            return cls(None, at_rest=True)
+        return cls(action, request.at_rest)
+
+
+Answer = Callable[[Before], pb.GetActionResponse]
+"""What is asked for a new step."""
 
 SPARED_S = 30.0
 """An episode that had a call within this time is never forgotten to make room for another."""
@@ -75,10 +92,16 @@ class Episode:
                 if request.step == asked.step:
                     _require_same(request.observation, asked.observation)
                     return answered
-            response = answer(None if self._last is None else _floats(self._last[1].action, self.policy))
+            response = answer(self._before(request))
             self._last = request, response
             self.steps += 1
             return response
+
+    def _before(self, request: pb.GetActionRequest) -> Before:
+        if self._last is None:
+            return Before.of(request)
+        asked, answered = self._last
+        return Before.of(request, asked.step, unpack_action(answered.action, self.policy.spec.action))
 
     def end(self, patience_s: float) -> int:
         """Take no more steps; returns how many there were, the one under way included.
@@ -184,7 +207,3 @@ def _require_same(observation: pb.Observation, before: pb.Observation) -> None:
             "step", "the same observation as the first time", f"another {', '.join(different)}",
             "a new frame needs a new step", Status.FAILED_PRECONDITION,
         )  # fmt: skip
-
-
-def _floats(action: pb.Action, policy: Policy) -> NDArray[np.float32]:
-    return np.array([getattr(action, c) for c in policy.spec.action.components], np.float32)

@@ -356,6 +356,30 @@ def test_an_answer_that_has_expired_is_no_answer(fickle):
         assert client.act(scene(0)).action.any()
 
 
+def test_an_episode_tells_what_was_not_applied_and_that_the_arm_rests(fickle):
+    def told(episode, failure=None, **how):
+        fickle.failures = [failure] if failure else []
+        with suppress(PolicyError):
+            episode.act(scene(0), **how)
+        return fickle.last.step, fickle.last.applied_step, fickle.last.at_rest
+
+    with PolicyClient(fickle.address) as client, client.episode() as episode:
+        assert told(episode) == (1, 0, False)
+        assert told(episode) == (2, 1, False)
+        assert told(episode, at_rest=True) == (3, 2, True)
+        assert told(episode, grpc.StatusCode.RESOURCE_EXHAUSTED) == (4, 3, False)
+        episode.not_applied()  # there is no answer that could have been
+        assert told(episode) == (5, 3, True)
+        episode.not_applied()
+        episode.not_applied()
+        assert told(episode) == (6, 3, True)
+        assert told(episode) == (7, 6, False)
+        fickle.valid_s = 0.0
+        assert told(episode) == (8, 7, False)
+        fickle.valid_s = 60.0
+        assert told(episode) == (9, 7, True)
+
+
 def test_an_answer_says_until_when_it_may_be_applied(running):
     with PolicyClient(running.server.address) as client:
         client.policy()

@@ -149,6 +149,17 @@ def test_a_jump_is_shortened_towards_the_wish():
     ]
 
 
+def test_of_an_arm_at_rest_every_motion_is_a_jump_from_none():
+    before, wish = np.array([0.2, 0.03, 0, 0, -0.4], np.float32), np.array([0.7, 0.03, 0, 0.04, 0.4], np.float32)
+    kept = Envelope(SPEC, Limits(jump_m=0.02, jump_rad=0.1))
+    for previous in (before, None):
+        moved = kept.decide(wish, previous=previous, at_rest=True)
+        np.testing.assert_allclose(moved.action, [0.7, 0.012, 0, 0.016, 0.1], atol=1e-7)
+        assert {i.rule for i in moved.interventions} == {"jump"}
+    held = kept.decide(np.full(5, np.nan, np.float32), previous=before, at_rest=True)
+    np.testing.assert_array_equal(held.action, np.float32([0.2, 0, 0, 0, 0]))
+
+
 @pytest.mark.parametrize("kind", [Kind.PSEUDOSCALAR, Kind.SCALAR])  # under rotations alone, yaw may be either
 def test_a_sudden_turn_is_shortened_whatever_its_kind(kind):
     *others, yaw = ACTION.fields

@@ -6,17 +6,18 @@ import logging
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import grpc
 import numpy as np
 import pytest
 
-from protos.codec import unpack_action
+from protos.codec import pack_observation, unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status
 from protos.spaces import ACTION, SPEC, Pose
 from serving.sessions import SPARED_S, WAITING, Sessions
-from tests.makers import small_spec, tiny_policy_file
+from tests.makers import far_scene, small_spec, tiny_policy_file
 from tests.serving.requests import acting, refusal
 from tests.serving.test_dispatcher import until
 
@@ -182,6 +183,55 @@ def test_limits_of_an_episode_hold_in_it_alone(serve, tmp_path):
         before = action
     free = unpack_action(running.stub.GetAction(acting(1)).action, ACTION)
     assert np.hypot(*free[1:3]) > 0.01
+
+
+JUMP_M = 0.002
+
+
+def planar(answer):
+    return unpack_action(answer.action, ACTION)[1:3].astype(float)
+
+
+@pytest.mark.parametrize(
+    ("told", "from_rest"),
+    [({}, False), ({"applied_step": 2}, False), ({"applied_step": 1}, True), ({"at_rest": True}, True)],
+    ids=["nothing told", "applied", "not applied", "at rest"],
+)
+def test_a_jump_counts_from_what_the_arm_did(serve, tmp_path, told, from_rest):
+    wild = tiny_policy_file(tmp_path / "p.onnx", breaks=["wild"], golden_from="broken")
+    running = serve(policy=(str(wild),))
+    id_ = running.stub.StartEpisode(pb.StartEpisodeRequest(limits={"jump_m": JUMP_M})).episode_id
+    first, second = (running.stub.GetAction(acting(step, episode_id=id_, step=step)) for step in (1, 2))
+    assert np.hypot(*planar(first)) > 2 * JUMP_M
+    third = running.stub.GetAction(acting(3, episode_id=id_, step=3, **told))
+    start = np.zeros(2) if from_rest else planar(second)
+    assert np.linalg.norm(planar(third) - start) <= JUMP_M * (1 + 1e-6)
+    assert (np.hypot(*planar(third)) <= JUMP_M * (1 + 1e-6)) == from_rest
+
+
+def test_a_command_that_was_not_carried_out_is_not_kept_in_a_hold(serve, tmp_path):
+    """An empty hand that was told to open, and did not: it stays as the observation says it is."""
+    breaks = tiny_policy_file(tmp_path / "p.onnx", breaks=["nan_when_far"], golden_from="broken")
+    running = serve(policy=(str(breaks),))
+    held = {}
+    for applied in (1, 0):
+        id_ = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
+        command = running.stub.GetAction(acting(1, episode_id=id_, step=1)).action.p
+        observation = pack_observation(replace(far_scene(), gripper=1.0))
+        far = pb.GetActionRequest(observation=observation, episode_id=id_, step=2, applied_step=applied)
+        answer = running.stub.GetAction(far)
+        assert answer.hold
+        held[applied] = answer.action.p
+    assert held == {1: command, 0: 0.0}
+    assert command != 0.0
+
+
+@pytest.mark.parametrize("applied", [2, 3, 2**64 - 1])
+def test_what_was_applied_came_before(running, applied):
+    id_ = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
+    code, parts = refusal(running.stub.GetAction, acting(1, episode_id=id_, step=2, applied_step=applied))
+    assert (code, parts["field"]) == ("INVALID_ARGUMENT", "applied_step")
+    assert running.stub.GetAction(acting(1, episode_id=id_, step=2, applied_step=1)).policy
 
 
 @pytest.mark.parametrize("outcome", [0, pb.EndEpisodeRequest.OUTCOME_SUCCESS])

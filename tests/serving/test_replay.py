@@ -20,6 +20,8 @@ from tests.serving.conftest import REPOSITORY, start
 from tests.serving.requests import acting
 
 SAMPLE = pb.MODE_SAMPLE
+TOLD = {1: {"at_rest": True}, 2: {"applied_step": 0}, 3: {"applied_step": 6}}
+"""Of steps 0, 3, 6 and 9: the second begins at rest, the third too, since the second was not applied."""
 
 
 def fly(running, *, steps=4):
@@ -29,7 +31,7 @@ def fly(running, *, steps=4):
         settled = {"mode": mode, "seed": 7 * number}
         id_ = stub.StartEpisode(pb.StartEpisodeRequest(limits={"jump_m": 0.01}, **settled)).episode_id
         for step in range(steps):
-            stub.GetAction(acting(step, episode_id=id_, step=3 * step))
+            stub.GetAction(acting(step, episode_id=id_, step=3 * step, **TOLD.get(step, {})))
         stub.EndEpisode(pb.EndEpisodeRequest(episode_id=id_))
         stub.GetAction(acting(number, **settled))
     for encoding in (pb.Observation.UINT16_MILLIMETERS, pb.Observation.UINT16):

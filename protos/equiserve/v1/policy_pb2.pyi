@@ -101,7 +101,7 @@ class Timing(_message.Message):
     def __init__(self, decode_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., inference_us: _Optional[int] = ..., safety_us: _Optional[int] = ..., encode_us: _Optional[int] = ...) -> None: ...
 
 class GetActionRequest(_message.Message):
-    __slots__ = ("observation", "policy", "version", "episode_id", "step", "mode", "seed", "contract_digest")
+    __slots__ = ("observation", "policy", "version", "episode_id", "step", "mode", "seed", "contract_digest", "at_rest", "applied_step")
     OBSERVATION_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,8 @@ class GetActionRequest(_message.Message):
     MODE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     CONTRACT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    AT_REST_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_STEP_FIELD_NUMBER: _ClassVar[int]
     observation: Observation
     policy: str
     version: str
@@ -118,7 +120,9 @@ class GetActionRequest(_message.Message):
     mode: Mode
     seed: int
     contract_digest: str
-    def __init__(self, observation: _Optional[_Union[Observation, _Mapping]] = ..., policy: _Optional[str] = ..., version: _Optional[str] = ..., episode_id: _Optional[str] = ..., step: _Optional[int] = ..., mode: _Optional[_Union[Mode, str]] = ..., seed: _Optional[int] = ..., contract_digest: _Optional[str] = ...) -> None: ...
+    at_rest: bool
+    applied_step: int
+    def __init__(self, observation: _Optional[_Union[Observation, _Mapping]] = ..., policy: _Optional[str] = ..., version: _Optional[str] = ..., episode_id: _Optional[str] = ..., step: _Optional[int] = ..., mode: _Optional[_Union[Mode, str]] = ..., seed: _Optional[int] = ..., contract_digest: _Optional[str] = ..., at_rest: _Optional[bool] = ..., applied_step: _Optional[int] = ...) -> None: ...
 
 class GetActionResponse(_message.Message):
     __slots__ = ("action", "raw_action", "std", "value", "interventions", "policy", "version", "contract_digest", "valid_for_us", "timing", "hold", "warnings", "request_id")

@@ -45,12 +45,21 @@ class Tape:
         acts = pb.StartEpisodeResponse(episode_id=episode, policy=info.name, version=info.version)
         self.put(pb.FlightStart(response=acts))
 
-    def act(self, episode: str, step: int, info: pb.PolicyInfo = INFO, depth_m: float = 0.3, **encoding: Any) -> None:
+    def act(
+        self,
+        episode: str,
+        step: int,
+        info: pb.PolicyInfo = INFO,
+        depth_m: float = 0.3,
+        applied: int | None = None,
+        **encoding: Any,
+    ) -> None:
         """A frame and an action that tell which step they are of."""
         seen = Observation(np.full(SPEC.observation.shape, depth_m + step / 1000, np.float32), 0.0)
         did = np.array([1, step / 1000, 0, 0, 0], np.float32)
         answer = pb.GetActionResponse(action=pack_action(did, ACTION), policy=info.name, version=info.version)
-        asked = pb.GetActionRequest(observation=pack_observation(seen, **encoding), episode_id=episode, step=step)
+        observation = pack_observation(seen, **encoding)
+        asked = pb.GetActionRequest(observation=observation, episode_id=episode, step=step, applied_step=applied)
         self.put(pb.FlightAction(request=asked, response=answer))
 
     def end(self, episode: str, outcome: Outcome.Outcome, steps: int) -> None:
@@ -127,6 +136,30 @@ def test_what_robots_did_is_what_training_loads(tmp_path: Path, capsys: pytest.C
     data = load(output, successful_only=True)
     assert (data.spec, data.task, len(data)) == (SPEC, "tiny", 10)
     assert main(["validate", str(output)]) == 0
+
+
+def test_what_was_not_applied_is_no_data(tape: Tape, capsys: pytest.CaptureFixture[str]) -> None:
+    """The robot stood still: the frame after is as good as the one before, and nothing was done in between."""
+    tape.begin("a")
+    for step, applied in ((1, 0), (2, 0), (3, 0), (5, 3), (6, 5), (7, 5), (8, 5), (9, 8), (10, 9)):
+        tape.act("a", step, applied=applied)
+    tape.end("a", Outcome.OUTCOME_SUCCESS, 9)
+    about = imported(tape)
+    (episode,) = store.read(tape.folder.parent / "set")
+    np.testing.assert_allclose(episode.action[:, 1], [0.003, 0.005, 0.008, 0.009, 0.01], rtol=1e-6)
+    np.testing.assert_allclose(episode.depth[:-1, 0, 0], [0.303, 0.305, 0.308, 0.309, 0.31], rtol=1e-6)
+    assert about.notes["left_out"] == {"actions that were not applied": 4}
+    assert "left out: 4 actions that were not applied" in capsys.readouterr().err
+
+
+def test_an_episode_of_which_nothing_was_applied_is_left_out(tape: Tape) -> None:
+    tape.episode("good", Outcome.OUTCOME_SUCCESS)
+    tape.begin("a")
+    for step in (1, 2, 3):
+        tape.act("a", step, applied=0)
+    tape.end("a", Outcome.OUTCOME_FAILURE, 3)
+    assert imported(tape).notes["left_out"] == {"episodes without a whole transition": 1}
+    assert lengths(tape) == [(3, True)]
 
 
 def test_a_step_that_came_twice_is_one_step(tape: Tape) -> None:

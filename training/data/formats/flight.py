@@ -90,9 +90,10 @@ class _Seen:
 
     policy: str
     version: str
-    steps: int = 0
-    first: int = -1
-    last: int = -1
+    answered: list[int] = field(default_factory=list)
+    """Steps, in their order."""
+    applied: list[int] = field(default_factory=list)
+    """Those of them that no later one says were not."""
     started: bool = False
     taken: int | None = None
     """The server's own count of steps, if the end is there."""
@@ -106,8 +107,18 @@ class _Seen:
         call failed, of which nothing was recorded.
         """
         if self.taken is not None:
-            return self.steps != self.taken
-        return not self.started or self.last - self.first + 1 != self.steps
+            return len(self.answered) != self.taken
+        numbered = self.started and self.answered
+        return not numbered or self.answered[-1] - self.answered[0] + 1 != len(self.answered)
+
+    def take(self, asked: pb.GetActionRequest) -> None:
+        """A step that was answered, unless it was tried again."""
+        if self.answered and asked.step <= self.answered[-1]:
+            return
+        while asked.HasField("applied_step") and self.applied and self.applied[-1] > asked.applied_step:
+            self.applied.pop()
+        self.answered.append(asked.step)
+        self.applied.append(asked.step)
 
 
 class _Found:
@@ -127,10 +138,7 @@ class _Found:
             elif isinstance(message, pb.FlightAction) and not message.request.episode_id:
                 self.outside += 1
             elif isinstance(message, pb.FlightAction):
-                seen = self._seen(message.request.episode_id, message.response)
-                if message.request.step > seen.last:
-                    seen.first = seen.first if seen.steps else message.request.step
-                    seen.last, seen.steps = message.request.step, seen.steps + 1
+                self._seen(message.request.episode_id, message.response).take(message.request)
             elif isinstance(message, pb.FlightEnd) and message.request.episode_id in self.episodes:
                 seen = self.episodes[message.request.episode_id]
                 seen.taken, seen.success = message.response.steps, SUCCESS_OF.get(message.request.outcome)
@@ -145,7 +153,7 @@ class _Chosen:
 
     policy: str
     version: str
-    steps: int
+    steps: frozenset[int]
     success: bool
 
 
@@ -172,10 +180,13 @@ def _choose(path: Path, found: _Found, choice: Choice) -> tuple[dict[str, _Chose
             unlabelled.append(episode)
         elif success is None and choice.unlabelled == "skip":
             left_out["episodes without a label"] += 1
-        elif seen.steps < (1 if success else 2):  # of a failure the last action goes: no frame shows what came of it
+        elif len(seen.applied) < (
+            1 if success else 2
+        ):  # of a failure the last action goes: no frame shows what came of it
             left_out["episodes without a whole transition"] += 1
         else:
-            chosen[episode] = _Chosen(seen.policy, seen.version, seen.steps, bool(success))
+            chosen[episode] = _Chosen(seen.policy, seen.version, frozenset(seen.applied), bool(success))
+            left_out["actions that were not applied"] += len(seen.answered) - len(seen.applied)
     if unlabelled:
         more = len(unlabelled) - SHOWN_IDS
         got = f"none for {len(unlabelled)} of {len(found.episodes)}: {', '.join(unlabelled[:SHOWN_IDS])}"
@@ -196,10 +207,10 @@ def _episodes(files: Sequence[Path], chosen: Mapping[str, _Chosen], spec: Policy
             continue
         id_, step = message.request.episode_id, message.request.step
         steps = under_way.setdefault(id_, {})
-        if step <= max(steps, default=-1):
-            continue  # tried again
+        if step in steps or step not in awaited[id_].steps:
+            continue  # tried again, or not applied
         steps[step] = _Step.of(message, spec)
-        if len(steps) == awaited[id_].steps:
+        if len(steps) == len(awaited[id_].steps):
             yield _raw(awaited.pop(id_), list(under_way.pop(id_).values()))
 
 

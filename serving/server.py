@@ -53,7 +53,8 @@ OTHER_THREADS = 16
 """For checks of health, and as many for its streams and those of reflection."""
 SWITCH_S = 5e-4
 """How long a thread may keep the interpreter from others: at Python's 5 ms, refusals and health would wait so long."""
-LAME_DUCK_S = 0.2
+LAME_DUCK_S = 0.5
+"""Within this, a robot at 20 Hz has asked, tried three times again and told how its episode went: 0.25 s."""
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 
 
@@ -141,7 +142,7 @@ class Server:
         self.health.enter_graceful_shutdown()
         if not already and len(self.metrics.call_counts()):
             # A call that meets grpc's own shutdown on its way is CANCELLED; for a moment, say UNAVAILABLE instead, so
-            # that callers are elsewhere by then.
+            # that callers have ended their episodes and are elsewhere by then.
             time.sleep(min(LAME_DUCK_S, self.config.grace_s))
         self._grpc.stop(self.config.grace_s).wait()
         self._porter.close()

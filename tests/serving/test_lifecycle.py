@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -15,10 +17,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos.codec import pack_observation
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
+from serving.client import PolicyClient
 from serving.config import parse
 from serving.errors import StartupError
+from serving.flight import files_of, read
 from serving.security import new_token
-from serving.server import SERVICES, Server
+from serving.server import LAME_DUCK_S, SERVICES, Server
 from tests.makers import far_scene, scene, settings, tiny_policy_file
 from tests.serving.conftest import REPOSITORY, address_of
 from tests.serving.load import free_port
@@ -50,6 +54,29 @@ def test_health_says_serving_only_after_the_proofs(healthy, service):
         server.load()
         assert status_of(server.address, service) == Health.SERVING
         act(server.address, scene(0))
+
+
+def test_a_drain_hears_how_episodes_went(serve, healthy, tmp_path, monkeypatch):
+    """A robot at 20 Hz that is told UNAVAILABLE gives up, and its recording has an end."""
+    monkeypatch.setattr("serving.server.LAME_DUCK_S", LAME_DUCK_S)
+    running = serve(policy=(str(healthy),), record=tmp_path / "flight")
+    moving = threading.Event()
+
+    def fly():
+        with PolicyClient(running.server.address) as client, client.episode() as episode:
+            while True:
+                episode.act(scene(0))
+                moving.set()
+                time.sleep(0.05)
+
+    with ThreadPoolExecutor(1) as robot:
+        flight = robot.submit(fly)
+        assert moving.wait(10)
+        running.server.stop()
+        assert flight.exception().code is grpc.StatusCode.UNAVAILABLE
+    (file,) = files_of(tmp_path / "flight")
+    *_, last = read(file)
+    assert last.message.request.outcome == pb.EndEpisodeRequest.OUTCOME_ABORTED
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)

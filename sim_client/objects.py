@@ -14,6 +14,8 @@ DENSITY_KG_M3 = 700.0
 FRICTION = 0.6
 SETTLED_M_S, SETTLED_RAD_S = 0.02, 0.4
 """A body slower than this rests."""
+UPRIGHT_RAD = math.radians(15)
+"""A body that leans less stands. On its side a bowl leans by more than 70 degrees."""
 MOST_BOXES = 16
 """PyBullet's shape arrays hold no more; one more ends the process without a word."""
 Color = tuple[float, float, float]
@@ -97,18 +99,28 @@ class Body:
     @property
     def yaw(self) -> float:
         """Heading of the x axis seen from above; of whichever axis is horizontal, should the body have tipped over."""
-        quaternion = p.getBasePositionAndOrientation(self.id, physicsClientId=self._client)[1]
-        matrix = np.reshape(p.getMatrixFromQuaternion(quaternion), (3, 3))
+        matrix = self._rotation
         flattest = int(np.argmin(np.abs(matrix[2])))
         if flattest == 1 and abs(matrix[2, 0]) < 0.1:
             flattest = 0  # x and y are both horizontal: rounding must not choose
         return math.atan2(matrix[1, flattest], matrix[0, flattest])
 
     @property
+    def upright(self) -> bool:
+        """Whether the body stands as it was placed."""
+        return bool(self._rotation[2, 2] > math.cos(UPRIGHT_RAD))
+
+    @property
     def settled(self) -> bool:
         """Whether the body rests."""
         linear, angular = p.getBaseVelocity(self.id, physicsClientId=self._client)
         return bool(np.linalg.norm(linear) < SETTLED_M_S and np.linalg.norm(angular) < SETTLED_RAD_S)
+
+    @property
+    def _rotation(self) -> NDArray[np.float64]:
+        """[3, 3]: its axes as columns, in the world's frame."""
+        quaternion = p.getBasePositionAndOrientation(self.id, physicsClientId=self._client)[1]
+        return np.reshape(p.getMatrixFromQuaternion(quaternion), (3, 3))
 
 
 def block(client: int, side_m: float, traits: Traits, color: Color = (0.85, 0.32, 0.2)) -> Body:

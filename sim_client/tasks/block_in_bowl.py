@@ -59,4 +59,5 @@ class BlockInBowl:
     @property
     def _in_bowl(self) -> bool:
         inside = np.linalg.norm(self._block.xy - self._bowl.xy) < BOWL_RADIUS_M * self._size
-        return bool(inside and self._block.position[2] < (BOWL_HEIGHT_M + SIDE_M / 2) * self._size)
+        low = self._block.position[2] < (BOWL_HEIGHT_M + SIDE_M / 2) * self._size
+        return bool(inside and low and self._bowl.upright)

@@ -186,6 +186,19 @@ def test_a_block_in_the_bowl_between_the_fingers_has_not_been_put_there() -> Non
     env.close()
 
 
+@pytest.mark.parametrize(("lean_deg", "in_bowl"), [(0, True), (10, True), (80, False), (180, False)])
+def test_what_lies_beside_a_fallen_bowl_is_not_in_it(lean_deg: float, in_bowl: bool) -> None:
+    env = gymnasium.make(ENV_IDS["block_in_bowl"])
+    env.reset(seed=1)
+    task, client = unwrapped(env).task, unwrapped(env)._client
+    x, y, z = task._bowl.position
+    lying = p.getQuaternionFromEuler((math.radians(lean_deg), 0, 0))
+    p.resetBasePositionAndOrientation(task._bowl.id, (x, y, z), lying, physicsClientId=client)
+    task._block.place((x + 0.02, y), 0.0)
+    assert task.succeeded(unwrapped(env).arm) == in_bowl
+    env.close()
+
+
 def test_a_block_held_over_its_goal_has_not_been_pushed_there() -> None:
     env = gymnasium.make(ENV_IDS["block_pushing"])
     env.reset(seed=1)

@@ -1,26 +1,24 @@
-"""Datasets on disk: look at them, check them, convert them, divide them. `python -m training.data --help`."""
+"""Datasets on disk: look at them, check them, convert them, divide and join them. `python -m training.data --help`."""
 
-import random
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from protos.errors import Rejected
-from protos.files import require_absent
 from protos.spaces import PolicySpec
 from serving.errors import PolicyRefused
 from sim_client.episodes import Episode
-from sim_client.store import About
-from training.data.convert import Foreign, Importable, detect, open_dataset, write_dataset
+from training.data.convert import Foreign, Importable, convert, detect, open_dataset
 from training.data.formats.flight import Choice, read_labels
 from training.data.formats.raw import Misused
 from training.data.geometry import Geometry
 from training.data.geometry_file import read_geometry
+from training.data.regroup import Merge, Split
 from training.data.survey import Survey
 
 BROKEN, REFUSED = 1, 2
@@ -118,7 +116,7 @@ class Export:
 
     def run(self) -> int:
         about, episodes = open_dataset(self.path, "minari")
-        return _convert(self.output, self.format, about, episodes)
+        return convert(self.output, self.format, about, episodes)
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ class Import:
         left_out = ", ".join(f"{count} {what}" for what, count in about.notes.get("left_out", {}).items())
         if kind == "flight" and left_out:
             print(f"warning: {self.source}: left out: {left_out}", file=sys.stderr)
-        return _convert(self.output, "minari", about, episodes)
+        return convert(self.output, "minari", about, episodes)
 
     def _choice(self, kind: str) -> Choice:
         choice = Choice({} if self.labels is None else read_labels(self.labels), self.unlabelled, self.policy)
@@ -168,72 +166,6 @@ class Import:
             flags = "--labels, --unlabelled, --policy"
             raise Rejected(flags, f"nothing: {self.source} is no flight recording", "a value", "leave them out")
         return choice
-
-
-@dataclass(frozen=True)
-class Split:
-    """Divide a dataset in two, by whole episodes drawn at random, with the same share of successes in both.
-
-    Example: python -m training.data split runs/drawer100 --output-a runs/train --output-b runs/held_out
-    """
-
-    path: tyro.conf.Positional[Path]
-    """The dataset."""
-    output_a: Path
-    """Gets --share of the episodes; must not exist."""
-    output_b: Path
-    """Gets the others; must not exist."""
-    share: float = 0.9
-    """How much of the successes, and of the failures, goes to --output-a."""
-    seed: int = 0
-    """Of the draw. The same seed gives the same division."""
-
-    def run(self) -> int:
-        if not 0 < self.share < 1:
-            raise Rejected("--share", "a share between 0 and 1", str(self.share))
-        if self.output_a.resolve() == self.output_b.resolve():
-            raise Rejected("--output-b", "another place than --output-a", str(self.output_b))
-        for output in (self.output_a, self.output_b):
-            require_absent(output)
-        about, episodes = open_dataset(self.path)
-        first = draw([episode.success for episode in episodes], self.share, self.seed)
-        for output, wanted in ((self.output_a, True), (self.output_b, False)):
-            notes = about.notes | {"split": {"of": about.dataset_id, "share": self.share, "seed": self.seed}}
-            part = (e for e, is_first in zip(open_dataset(self.path)[1], first, strict=True) if is_first is wanted)
-            _convert(output, "minari", replace(about, notes=notes), part)
-        return 0
-
-
-def draw(successes: list[bool], share: float, seed: int) -> list[bool]:
-    """Which episodes belong to the first part: `share` of the successes and of the failures, rounded, but of two or
-    more at least one in each part.
-
-    Raises Rejected when a part would be empty.
-    """
-    of = {outcome: [i for i, success in enumerate(successes) if success is outcome] for outcome in (True, False)}
-    counts = {outcome: round(share * len(indices)) for outcome, indices in of.items()}
-    counts |= {outcome: min(max(counts[outcome], 1), len(of[outcome]) - 1) for outcome in of if len(of[outcome]) > 1}
-    if (first := sum(counts.values())) in (0, len(successes)):
-        raise Rejected("--share", "at least one episode in each part", f"{first} of {len(successes)} in the first")
-    generator, chosen = random.Random(seed), set[int]()
-    for outcome, indices in of.items():
-        chosen |= set(generator.sample(indices, counts[outcome]))
-    return [i in chosen for i in range(len(successes))]
-
-
-def _convert(output: Path, kind: str, about: About, episodes: Iterator[Episode]) -> int:
-    counted = {"episodes": 0, "transitions": 0, "successful": 0}
-
-    def counting() -> Iterator[Episode]:
-        for episode in episodes:
-            counted["episodes"] += 1
-            counted["transitions"] += len(episode)
-            counted["successful"] += episode.success
-            yield episode
-
-    write_dataset(output, kind, counting(), about)
-    print(f"{output}: " + ", ".join(f"{count} {name}" for name, count in counted.items()))
-    return 0
 
 
 def _contract(path: Path) -> PolicySpec:
@@ -261,6 +193,7 @@ Command = (
     | Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Split, tyro.conf.subcommand("split")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
 )
 
 

@@ -122,3 +122,19 @@ def write_dataset(path: Path, kind: str, episodes: Iterable[Episode], about: Abo
         store.write(path, episodes, about)
     else:
         importlib.import_module(f"training.data.formats.{kind}").write(path, episodes, about)
+
+
+def convert(output: Path, kind: str, about: About, episodes: Iterable[Episode]) -> int:
+    """Write a dataset as `write_dataset` does and print what it holds; returns 0, for an exit code."""
+    counted = {"episodes": 0, "transitions": 0, "successful": 0}
+
+    def counting() -> Iterator[Episode]:
+        for episode in episodes:
+            counted["episodes"] += 1
+            counted["transitions"] += len(episode)
+            counted["successful"] += episode.success
+            yield episode
+
+    write_dataset(output, kind, counting(), about)
+    print(f"{output}: " + ", ".join(f"{count} {name}" for name, count in counted.items()))
+    return 0

@@ -17,8 +17,9 @@ from protos.spaces import GripperState
 from sim_client import store
 from sim_client.episodes import Episode
 from tests.training.data.makers import ABOUT, REPOSITORY, SPEC, assert_same, episode, minari
-from training.data.__main__ import draw, main
+from training.data.__main__ import main
 from training.data.page import bars, charts, filmstrip
+from training.data.regroup import draw, joined
 from training.data.survey import SECTORS, Survey
 
 
@@ -35,7 +36,7 @@ def test_help_teaches_each_command_with_an_example(
         main(["--help"])
     assert stop.value.code == 0
     said = capsys.readouterr().out
-    for name in ("validate", "inspect", "import", "export", "split"):
+    for name in ("validate", "inspect", "import", "export", "split", "merge"):
         assert f"Example: python -m training.data {name} " in said
 
 
@@ -235,6 +236,63 @@ def test_a_split_by_no_share_is_refused(path: Path, tmp_path: Path) -> None:
     outputs = ["--output-a", str(tmp_path / "a"), "--output-b", str(tmp_path / "b")]
     assert main(["split", str(path), "--share", "1.0", *outputs]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def merged(tmp_path: Path, *paths: Path) -> int:
+    return main(["merge", *map(str, paths), "--output", str(tmp_path / "both")])
+
+
+def test_what_was_split_is_merged_again(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert main(["split", str(path), "--share", "0.5", "--output-a", str(a), "--output-b", str(b)]) == 0
+    capsys.readouterr()
+    assert merged(tmp_path, a, b) == 0
+    told = capsys.readouterr()
+    assert (told.out, told.err) == (f"{tmp_path}/both: 8 episodes, 29 transitions, 4 successful\n", "")
+    assert_same([*store.read(a), *store.read(b)], list(store.read(tmp_path / "both")))
+    about = store.read_about(tmp_path / "both")
+    assert (about.task, about.spec, about.behavior) == (ABOUT.task, ABOUT.spec, ABOUT.behavior)
+    assert [part["of"] for part in about.notes["merged"]] == [ABOUT.dataset_id] * 2
+    assert main(["validate", str(tmp_path / "both")]) == 0
+
+
+def test_an_episode_is_merged_once(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert merged(tmp_path, minari(tmp_path / "more", 10), path) == 0
+    assert "warning: left out: 8 episodes that were there before\n" in capsys.readouterr().err
+    assert_same(list(store.read(tmp_path / "more")), list(store.read(tmp_path / "both")))
+
+
+@pytest.mark.parametrize(
+    ("worlds", "kept"), [(("one", "one"), "one"), (("one", None), "one"), (("one", "two"), None), ((None, None), None)]
+)
+def test_a_merged_dataset_has_the_world_that_its_parts_share(
+    worlds: tuple[str | None, ...], kept: str | None, tmp_path: Path
+) -> None:
+    parts = [replace(ABOUT, env_spec=world, behavior=f"policy:{i}") for i, world in enumerate(worlds)]
+    about = joined([tmp_path / "a", tmp_path / "b"], parts)
+    assert about.env_spec == kept
+    assert about.behavior == "policy:0, policy:1"
+
+
+@pytest.mark.parametrize("what", ["another task", "another contract", "one", "an output that is there"])
+def test_what_does_not_belong_together_is_not_merged(
+    what: str, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, spec = tmp_path / "other", replace(SPEC, observation=replace(SPEC.observation, extent_m=0.5))
+    about = {"another task": replace(ABOUT, task="stack"), "another contract": replace(ABOUT, spec=spec)}
+    store.write(other, [episode(0)], about.get(what, ABOUT))
+    if what == "an output that is there":
+        (tmp_path / "both").mkdir()
+    before = sorted(tmp_path.iterdir())
+    assert merged(tmp_path, path, *([] if what == "one" else [other])) == 2
+    said = {
+        "another task": f"{other}, task: expected {ABOUT.task}, as of {path}, got stack",
+        "another contract": f"contract.observation.extent_m: expected observation.extent_m={SPEC.observation.extent_m}",
+        "one": "PATHS: expected two datasets or more, got 1",
+        "an output that is there": f"{tmp_path}/both",
+    }
+    assert said[what] in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(("share", "count"), [("0.9", 2), ("0.1", 2), ("0.9", 1)])

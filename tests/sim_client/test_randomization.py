@@ -88,6 +88,43 @@ def test_missing_pixels_read_zero_and_gather_along_edges(share: float) -> None:
     assert lost[:, 63:65].mean() > min(3 * lost[:, :60].mean(), 0.99)
 
 
+def test_the_environment_s_frames_are_degraded_as_asked() -> None:
+    plain = first_frame()
+    noise = first_frame(depth_noise_m=0.004) - plain
+    inside = plain < OBSERVATION.depth_max_m - 0.05  # nothing is clipped there
+    assert np.std(noise[inside] / (plain[inside] / 0.5) ** 2) == pytest.approx(0.004, rel=0.1)
+    lost = first_frame(missing_pixels=0.2) != plain
+    assert lost.mean() == pytest.approx(0.2, abs=0.02)
+    assert not first_frame(missing_pixels=0.2)[lost].any()
+
+
+@pytest.mark.parametrize(("name", "size"), [("camera_error_m", 0.02), ("camera_error_rad", 0.3)])
+def test_the_environment_s_camera_is_misplaced_anew_in_each_episode(name: str, size: float) -> None:
+    env = TabletopEnv("block_picking", randomize={name: size})
+    drawn = []
+    for seed in range(1, 5):
+        depth = env.reset(seed=seed)[0]["depth"]
+        assert np.mean(np.abs(depth - first_frame(seed)) > 0.003) > 0.001
+        drawn.append(env._misplacement)
+    assert len(set(drawn)) == 4
+    here = env.arm.tool_pose()
+    believed = env._camera.look((here.x, here.y, here.z), Misplacement()).depth
+    np.testing.assert_array_equal(believed, first_frame(4))
+    env.close()
+
+
+def test_latency_is_drawn_in_each_episode_and_kept_in_it() -> None:
+    env = TabletopEnv("block_picking", randomize={"latency_s": 0.2})
+    drawn = []
+    for seed in range(12):
+        env.reset(seed=seed)
+        drawn.append(env._latency_s)
+        env.step(STILL)
+        assert env._latency_s == drawn[-1]
+    assert 0 <= min(drawn) < 0.07 < 0.13 < max(drawn) <= 0.2
+    env.close()
+
+
 def test_latency_leaves_a_motion_unfinished_at_the_next_frame() -> None:
     moved = []
     for latency in (0.0, 0.2):

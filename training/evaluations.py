@@ -106,6 +106,11 @@ class Evaluations:
         return [Result(**json.loads(path.read_text())) for path in sorted(self._folder.glob("*.json"))]
 
     @property
+    def unfinished(self) -> int:
+        """How many have no result yet, the one under way included."""
+        return len(self._waiting())
+
+    @property
     def exhausted(self) -> bool:
         """Whether --patience evaluations in a row brought nothing better."""
         results, patience = self.results(), self._run.config.patience
@@ -130,7 +135,7 @@ class Evaluations:
             self._process = None
             if failed and not self._result.exists():  # another of the same, left by a run that was killed, was faster
                 raise EvaluationError(f"an evaluation failed with exit code {failed}: {said[-500:]}")
-        waiting = [p for p in sorted(self._folder.glob("*.pt")) if not p.with_suffix(".json").exists()]
+        waiting = self._waiting()
         if self._process is None and waiting:
             self._result = waiting[0].with_suffix(".json")
             command = ["training.evaluate", str(waiting[0]), "--episodes", str(self._run.config.eval_episodes)]
@@ -142,6 +147,9 @@ class Evaluations:
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
                 start_new_session=True,  # Ctrl-C is for the training, which then stops this itself
             )  # fmt: skip
+
+    def _waiting(self) -> list[Path]:
+        return [p for p in sorted(self._folder.glob("*.pt")) if not p.with_suffix(".json").exists()]
 
     def _keep_the_best(self, results: list[Result]) -> None:
         chosen = self._snapshot(best(results).update)

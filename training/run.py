@@ -30,6 +30,8 @@ from training.names import POLICY, TENSORBOARD
 from training.networks.stem import deepest_m
 
 LOG_EVERY, PROBE_EVERY = 20, 200
+BEHIND = 2
+"""More evaluations than this without a result: the processor does not keep up with --eval-every."""
 SAME_SIGNAL_S = 0.5
 """Within this time, signals to several processes of a job are one."""
 
@@ -158,7 +160,7 @@ def _interrupt_noted() -> Iterator[threading.Event]:
 
 
 def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> None:
-    saved, leads = run.seconds, run.processes.leads
+    saved, leads, behind = run.seconds, run.processes.leads, False
     probe = Probe(run.dataset, run.config.seed)
     with _log(run) as log, _bar(disable=not leads) as bar:
         while run.progress < 1 and not _ended(run, evaluations, stop):
@@ -173,6 +175,7 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
             bar.update(round(100 * run.progress, 1) - bar.n)
             if evaluations and run.has_policy and (run.updates % (run.config.eval_every or 1) == 0 or done):
                 evaluations.take()
+                behind = _warn_if_behind(evaluations, run, warned=behind)
             if evaluations and run.updates % LOG_EVERY == 0:
                 _log_success(evaluations.poll(), log)
             if leads and run.seconds - saved >= run.config.checkpoint_s:
@@ -187,8 +190,19 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
             )
         run.processes.meet()
         if evaluations and not stop.is_set():
-            bar.set_postfix_str("waiting for the last evaluations")
+            bar.set_postfix_str(
+                f"waiting for {evaluations.unfinished} evaluations; after Ctrl-C, --resume goes on with them"
+            )
             _log_success(evaluations.wait(stop), log)
+
+
+def _warn_if_behind(evaluations: Evaluations, run: Run, *, warned: bool) -> bool:
+    """Once: all are played in the end, and a run would last longer than its budget without having said so."""
+    behind = evaluations.unfinished > BEHIND
+    if behind and not warned:
+        pace = f"--eval-every {run.config.eval_every} updates take less time than one does"
+        tqdm.write(f"{evaluations.unfinished} evaluations are not done yet: {pace}, and the run ends when all are done")
+    return warned or behind
 
 
 def _ended(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> bool:

@@ -27,7 +27,7 @@ from training.evaluate import Evaluate, evaluate, main
 from training.evaluations import EvaluationError, Evaluations, Result, best
 from training.export import Graph, Provenance
 from training.loop import Run
-from training.run import _record, train
+from training.run import BEHIND, _record, train
 
 TINY = ("--network.fields", "2", "2", "2", "2", "2", "--network.hidden", "2", "--network.pool", "2")
 
@@ -71,6 +71,17 @@ def test_while_values_come_first_there_is_nothing_to_evaluate(drawer: Path, tmp_
     train(parse(arguments(drawer, tmp_path / "run", *flags.split())))
     results = [json.loads(p.read_text()) for p in sorted((tmp_path / "run" / "evaluations").iterdir())]
     assert [r["update"] for r in results] == [9]
+
+
+def test_evaluations_that_fall_behind_are_told_of_once(
+    drawer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Evaluations, "_start_the_next", lambda self: None)
+    monkeypatch.setattr("training.run._export", lambda run, evaluations: run.config.output)
+    train(parse(arguments(drawer, tmp_path / "run", "--updates", "9", "--eval-every", "1", "--eval-episodes", "1")))
+    said = capsys.readouterr().out
+    assert said.count("evaluations are not done yet: --eval-every 1 updates") == 1
+    assert said.count(f"{BEHIND + 1} evaluations") == 1
 
 
 def waiting(data: Path, output: Path) -> tuple[Run, Evaluations, Path]:

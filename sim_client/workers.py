@@ -4,11 +4,14 @@ import io
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,12 +126,25 @@ def _parallel(partial: Partial, make: Callable[[], Record], workers: int) -> Ite
         index = 0
         while True:
             while len(ahead) < 2 * workers:  # enough that nobody waits, little enough that little is run in vain
-                ahead.append(pool.submit(_run, partial.path(index + len(ahead))))
+                with _interrupts_held_back():
+                    ahead.append(pool.submit(_run, partial.path(index + len(ahead))))
             ahead.pop(0).result()
             yield partial.load(index)
             index += 1
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """What is started meanwhile never hears of Ctrl-C, and finishes its episode: a terminal tells all of its processes,
+    and one that is still importing would answer with a traceback."""
+    multiprocessing.resource_tracker.ensure_running()  # or it is started below, and lets interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(make: Callable[[], Record]) -> None:

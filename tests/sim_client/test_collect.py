@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -86,6 +87,21 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     _, alone = collected(tmp_path / "one", workers=1, **asked)
     _, together = collected(tmp_path / "two", workers=2, **asked)
     assert all(same(*pair) for pair in zip(alone, together, strict=True))
+
+
+def telling_what_it_hears() -> Record:
+    deaf = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    empty = np.zeros((0, 5), np.float32)
+    return lambda _: Episode(empty, empty, empty, empty, deaf, not deaf)
+
+
+def test_workers_do_not_hear_ctrl_c_and_the_command_does(tmp_path: Path) -> None:
+    """A terminal tells all of its processes, and whoever imports, or has nothing to do, would show a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    made = workers.episodes(Partial(tmp_path / "d", {}), telling_what_it_hears, 2)
+    assert all(next(made).terminated for _ in range(4))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    made.close()  # type: ignore[attr-defined]
 
 
 def test_failures_can_be_left_out(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Datasets: values survive, and what is broken is refused by episode, step and field."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,11 @@ import pytest
 import torch
 
 from protos.errors import Rejected
+from protos.spaces import ACTION, SPEC
+from sim_client import store
+from sim_client.episodes import Episode
 from tests.training.conftest import SMALL, write_dataset
+from tests.training.data.makers import REPOSITORY
 from training.data.dataset import Dataset, load
 
 
@@ -149,6 +155,38 @@ def test_data_without_a_contract_are_refused(metadata: dict[str, str], said: str
     path = write_dataset(tmp_path, episodes=1, metadata=metadata)
     with pytest.raises(Rejected, match=said):
         load(path, successful_only=False)
+
+
+def test_a_dataset_that_does_not_fit_in_memory_is_refused_in_words(tmp_path: Path) -> None:
+    """Twice 39 MB, where 50 are left."""
+    frames, path = 600, tmp_path / "long"
+    long = Episode(
+        depth=np.full((frames + 1, *SPEC.observation.shape), 0.3, np.float32),
+        gripper=np.zeros((frames + 1, 1), np.float32),
+        action=np.zeros((frames, ACTION.size), np.float32),
+        reward=np.ones(frames, np.float32),
+        terminated=True,
+        truncated=False,
+    )
+    store.write(path, [long], store.About(spec=SPEC, task="wait", behavior="none"))
+    code = f"""
+import resource
+from pathlib import Path
+from protos.errors import Rejected
+from training.data.dataset import load
+fits = load(Path({str(path)!r}), successful_only=True)
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 50 * 2**20,) * 2)
+try:
+    load(Path({str(path)!r}), successful_only=True)
+except Rejected as refused:
+    print(refused)
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    ).stdout
+    assert said.startswith(f"{path}: expected a dataset that fits in memory, twice while it is read, got ")
+    assert "python -m training.data split" in said
 
 
 def test_no_dataset_and_half_a_file_are_errors_that_name_the_path(tmp_path: Path) -> None:

@@ -91,8 +91,18 @@ def load(
         n_step: how many steps of reward an update looks ahead before it trusts a value, fewer at an episode's end.
 
     Raises:
-        Rejected: naming episode, step and field of the first thing that does not fit the contract in its metadata.
+        Rejected: naming episode, step and field of the first thing that does not fit the contract in its metadata; or
+            the memory that it does not fit in.
     """
+    try:
+        return _load(path, successful_only, discount, n_step, device or torch.device("cpu"))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        remedy = "train on a part of it (python -m training.data split), or where there is more"
+        got = str(error).splitlines()[0] if str(error) else "no memory"
+        raise Rejected(str(path), "a dataset that fits in memory, twice while it is read", got, remedy) from error
+
+
+def _load(path: Path, successful_only: bool, discount: float, n_step: int, device: torch.device) -> Dataset:
     about = store.read_about(path)
     digest = hashlib.sha256(about.spec.digest.encode())
     episodes, origin = [], []

@@ -81,6 +81,8 @@ class Evaluations:
     def poll(self) -> list[Result]:
         """Start the next evaluation if none is under way; what has come in since the last call.
 
+        Until `settle`, a killed run tells it again.
+
         Raises EvaluationError when an evaluation failed.
         """
         self._start_the_next()
@@ -155,8 +157,11 @@ class Evaluations:
         chosen = self._snapshot(best(results).update)
         if chosen.exists():
             write_atomically(self._run.config.output / BEST, chosen.read_bytes())
-        for result in results:
-            self._snapshot(result.update).unlink(missing_ok=True)
+
+    def settle(self) -> None:
+        """What was told is kept: its snapshots may go."""
+        for update in self._told:
+            self._snapshot(update).unlink(missing_ok=True)
 
     def _snapshot(self, update: int) -> Path:
         return self._folder / f"update-{update:07d}.pt"

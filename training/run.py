@@ -178,6 +178,7 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
                 behind = _warn_if_behind(evaluations, run, warned=behind)
             if evaluations and run.updates % LOG_EVERY == 0:
                 _log_success(evaluations.poll(), log)
+                evaluations.settle()
             if leads and run.seconds - saved >= run.config.checkpoint_s:
                 run.save()
                 saved = run.seconds
@@ -194,6 +195,7 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
                 f"waiting for {evaluations.unfinished} evaluations; after Ctrl-C, --resume goes on with them"
             )
             _log_success(evaluations.wait(stop), log)
+            evaluations.settle()
 
 
 def _warn_if_behind(evaluations: Evaluations, run: Run, *, warned: bool) -> bool:

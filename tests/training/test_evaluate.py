@@ -104,6 +104,7 @@ def test_a_snapshot_is_evaluated_by_hand_to_the_same_result(drawer: Path, tmp_pa
     evaluations.take()  # came in meanwhile, and is still to be told
     assert evaluations.poll() == [first]
     assert (tmp_path / "run" / "best.pt").exists()
+    evaluations.settle()
     assert not snapshot.exists()
 
 
@@ -123,6 +124,10 @@ def test_a_resumed_run_tells_no_result_again(drawer: Path, tmp_path: Path) -> No
     result = {"update": 1, "successes": 1, "episodes": 2}
     snapshot.with_suffix(".json").write_text(json.dumps(result))
     assert evaluations.poll() == [Result(1, 1, 2)]
+    killed = Evaluations(run)  # before the curve was on the disk
+    killed.resume()
+    assert killed.poll() == [Result(1, 1, 2)]
+    evaluations.settle()
     rewound = Evaluations(Run(run.config))
     rewound.resume()  # to before that update: the curves were cut there
     assert rewound.poll() == [Result(1, 1, 2)]

@@ -26,7 +26,7 @@ class Before(NamedTuple):
 
     @classmethod
     def of(cls, request: pb.GetActionRequest, step: int = 0, action: NDArray[np.float32] | None = None) -> "Before":
-        """Of this request, where `action` was the last answer of its episode, for `step`."""
+        """Of this request, where `action` is what was answered last in its episode, to `step`."""
         if action is not None and request.HasField("applied_step") and request.applied_step < step:
             return cls(None, at_rest=True)
         return cls(action, request.at_rest)

@@ -27,6 +27,8 @@ SUCCESS_OF = {
     pb.EndEpisodeRequest.OUTCOME_ABORTED: False,
 }
 SHOWN_IDS = 20
+LEAST_OF_A_FAILURE = 2
+"""Actions; its last one goes, as no frame shows what came of it."""
 
 
 @dataclass(frozen=True)
@@ -180,9 +182,7 @@ def _choose(path: Path, found: _Found, choice: Choice) -> tuple[dict[str, _Chose
             unlabelled.append(episode)
         elif success is None and choice.unlabelled == "skip":
             left_out["episodes without a label"] += 1
-        elif len(seen.applied) < (
-            1 if success else 2
-        ):  # of a failure the last action goes: no frame shows what came of it
+        elif len(seen.applied) < (1 if success else LEAST_OF_A_FAILURE):
             left_out["episodes without a whole transition"] += 1
         else:
             chosen[episode] = _Chosen(seen.policy, seen.version, frozenset(seen.applied), bool(success))

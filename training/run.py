@@ -191,9 +191,7 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
             )
         run.processes.meet()
         if evaluations and not stop.is_set():
-            bar.set_postfix_str(
-                f"waiting for {evaluations.unfinished} evaluations; after Ctrl-C, --resume goes on with them"
-            )
+            bar.set_postfix_str(f"evaluations left: {evaluations.unfinished}; after Ctrl-C, --resume goes on with them")
             _log_success(evaluations.wait(stop), log)
             evaluations.settle()
 

@@ -28,7 +28,8 @@ from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from protos.files import require_writable, write_atomically
 from protos.spaces import Observation, PolicySpec
-from serving.client import Connection, PolicyError
+from serving.client import PolicyClient, PolicyError
+from serving.connection import Connection
 
 PICTURES = 16
 CONNECT_S = 30.0
@@ -210,7 +211,7 @@ class Client:
 def load(bench: Bench) -> tuple[list[Tally], float]:
     """Run all clients; what each saw, and how many seconds it took. Raises Interrupted."""
     print(f"waiting for {bench.connection.server}, {CONNECT_S:g} s at most", file=sys.stderr)
-    with bench.connection.to(bench.policy) as asking:
+    with PolicyClient.of(bench.connection, bench.policy) as asking:
         asking.wait_ready(CONNECT_S)
     clients = [Client(bench, seed) for seed in range(bench.clients)]
     tallies, began = [client.tally for client in clients], time.perf_counter()

@@ -6,8 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -19,6 +18,7 @@ from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from protos.errors import REQUEST_ID, RETRY
 from protos.spaces import Observation, PolicySpec, Pose
+from serving.connection import Connection, Tls, bearer
 
 RETRY_AFTER_S = (0.02, 0.05, 0.1)
 """Waits before another attempt at a call that was answered UNAVAILABLE; then the error is the caller's."""
@@ -35,74 +35,6 @@ CHANNEL_OPTIONS = [
 HEALTH = "/grpc.health.v1.Health/Check"
 """Spelled out, as a controller need not have grpcio-health-checking. An empty message asks for the whole server."""
 Outcome = pb.EndEpisodeRequest
-
-
-@dataclass(frozen=True)
-class Tls:
-    """How to trust a server, and to be trusted by it: PEM files.
-
-    Attributes:
-        ca: who signed the server's certificate; None: the authorities that the system trusts.
-        cert, key: this client's own pair, for a server that asks for one.
-    """
-
-    ca: Path | None = None
-    cert: Path | None = None
-    key: Path | None = None
-
-    def credentials(self) -> grpc.ChannelCredentials:
-        ca, key, cert = (path.read_bytes() if path else None for path in (self.ca, self.key, self.cert))
-        return grpc.ssl_channel_credentials(ca, key, cert)
-
-
-@dataclass(frozen=True)
-class Connection:
-    """Where a policy server is, and who asks: what every command that calls one takes as flags."""
-
-    server: str = "localhost:50051"
-    """HOST:PORT of `python -m serving.server`."""
-    token: str = field(default="", repr=False)
-    """A bearer token, where the server asks for one. Whoever may list this machine's processes reads it here."""
-    token_file: Path | None = None
-    """A file that holds it instead, and nothing else."""
-    tls_ca: Path | None = None
-    """PEM certificates to trust; with it the connection is TLS."""
-    tls_cert: Path | None = None
-    """This side's own certificate, PEM, for a server that asks for one; the connection is TLS then, too."""
-    tls_key: Path | None = None
-    """And its key."""
-
-    def __post_init__(self) -> None:
-        host, _, port = self.server.rpartition(":")
-        if not host or not port.isdecimal():
-            lack = "" if ":" in self.server else ", without a port"
-            raise ValueError(f"--server must be HOST:PORT, for example localhost:50051, got {self.server!r}{lack}")
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("--tls-cert and --tls-key go together")
-        if self.token and self.token_file:
-            raise ValueError("either --token or --token-file")
-        try:
-            if self.token_file and not self._secret:
-                raise ValueError(f"--token-file {self.token_file} is empty")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--token-file {self.token_file}: {error}") from error
-
-    @property
-    def tls(self) -> Tls | None:
-        return Tls(self.tls_ca, self.tls_cert, self.tls_key) if self.tls_ca or self.tls_cert else None
-
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What each call carries."""
-        return _bearer(self._secret)
-
-    def to(self, policy: str = "", version: str = "", **how: Any) -> "PolicyClient":
-        """A client of a policy there; `how`: as PolicyClient takes it."""
-        return PolicyClient(self.server, policy, version, tls=self.tls, token=self._secret, **how)
-
-    @property
-    def _secret(self) -> str:
-        return self.token_file.read_text(encoding="utf-8").strip() if self.token_file else self.token
 
 
 class PolicyError(Exception):
@@ -191,10 +123,6 @@ class Episode:
         self.outcome = Outcome.OUTCOME_SUCCESS if success else Outcome.OUTCOME_FAILURE
 
 
-def _bearer(token: str) -> tuple[tuple[str, str], ...]:
-    return (("authorization", f"Bearer {token}"),) if token else ()
-
-
 class PolicyClient:
     """A connection to one policy of one server. Use as a context manager; threads may share it.
 
@@ -220,7 +148,7 @@ class PolicyClient:
         token: str = "",
     ) -> None:
         self._policy, self._version, self._timeout_s, self._expected = policy, version, timeout_s, spec
-        self._metadata = _bearer(token)
+        self._metadata = bearer(token)
         if tls:
             self._channel = grpc.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
         else:
@@ -228,6 +156,11 @@ class PolicyClient:
         self._stub = pb_grpc.PolicyServiceStub(self._channel)
         self._check = self._channel.unary_unary(HEALTH)
         self._connected: tuple[pb.PolicyInfo, PolicySpec] | None = None
+
+    @classmethod
+    def of(cls, connection: Connection, policy: str = "", version: str = "", **how: Any) -> "PolicyClient":
+        """By what a command was told; `how`: the other arguments."""
+        return cls(connection.server, policy, version, tls=connection.tls, token=connection.secret, **how)
 
     def __enter__(self) -> "PolicyClient":
         return self

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from protos.errors import Rejected
 from protos.files import require_writable, write_atomically
 from protos.spaces import Pose
-from serving.client import Connection, PolicyClient, PolicyError
+from serving.client import PolicyClient, PolicyError
+from serving.connection import Connection
 from sim_client import TaskName
 from sim_client.env import Obs, observation_of
 from sim_client.episodes import Episode
@@ -138,7 +139,8 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     """
     print(f"waiting for {config.connection.server}, {config.wait_s:g} s at most", file=sys.stderr)
     env = config.world.make(config.task)
-    connected = functools.partial(config.connection.to, spec=unwrapped(env).spec_of_policy, timeout_s=config.timeout_s)
+    how: dict[str, Any] = {"spec": unwrapped(env).spec_of_policy, "timeout_s": config.timeout_s}
+    connected = functools.partial(PolicyClient.of, config.connection, **how)
     with connected(config.policy) as client:
         info = client.wait_ready(config.wait_s)
     if info.task != config.task:

@@ -15,7 +15,8 @@ from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from protos.errors import RETRY, Rejected
 from protos.spaces import ACTION, OBSERVATION, PolicySpec, Pose
-from serving.client import CHANNEL_OPTIONS, Connection, PolicyClient, PolicyError
+from serving.client import CHANNEL_OPTIONS, PolicyClient, PolicyError
+from serving.connection import Connection
 from serving.flight import files_of, read
 from serving.server import Server
 from tests.makers import UNHURRIED_MS, certify, scene, settings, small_spec

@@ -23,7 +23,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
-from serving.client import PolicyClient, PolicyError, Tls
+from serving.client import PolicyClient, PolicyError
+from serving.connection import Tls
 from serving.errors import StartupError
 from serving.security import Gate, new_token, read_tokens
 from serving.server import Server, refresh_when

@@ -22,7 +22,8 @@ from gymnasium.wrappers import TimeLimit
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status
 from protos.spaces import SPEC
-from serving.client import Connection, PolicyClient, PolicyError
+from serving.client import PolicyClient, PolicyError
+from serving.connection import Connection
 from serving.flight import files_of, read
 from serving.policy import load
 from serving.proofs import prove

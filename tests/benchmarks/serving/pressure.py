@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from serving.bench import Bench, Client
-from serving.client import Connection
+from serving.connection import Connection
 from tests.benchmarks.serving.measure import REPOSITORY, Row, apart, benched, served
 from tests.serving.load import connect, free_port, requests_for
 

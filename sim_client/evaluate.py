@@ -1,7 +1,6 @@
 """The stand-in robot's closed loop through a policy server: `python -m sim_client.evaluate --help`."""
 
 import contextlib
-import functools
 import json
 import signal
 import sys
@@ -139,8 +138,11 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     """
     print(f"waiting for {config.connection.server}, {config.wait_s:g} s at most", file=sys.stderr)
     env = config.world.make(config.task)
-    how: dict[str, Any] = {"spec": unwrapped(env).spec_of_policy, "timeout_s": config.timeout_s}
-    connected = functools.partial(PolicyClient.of, config.connection, **how)
+
+    def connected(policy: str, version: str = "") -> PolicyClient:
+        spec = unwrapped(env).spec_of_policy
+        return PolicyClient.of(config.connection, policy, version, spec=spec, timeout_s=config.timeout_s)
+
     with connected(config.policy) as client:
         info = client.wait_ready(config.wait_s)
     if info.task != config.task:

@@ -90,7 +90,8 @@ class Episode:
     def __init__(self, client: "PolicyClient", started: pb.StartEpisodeResponse) -> None:
         self.id, self.version, self.limits = started.episode_id, started.version, dict(started.limits)
         self._client, self._steps = client, itertools.count(1)
-        self._applied = self._applied_before = 0
+        self.applied_step = self._applied_before = 0
+        """The newest step whose answer counts as applied; 0: none."""
         self._stopped = False
         self.outcome = Outcome.OUTCOME_UNSPECIFIED
 
@@ -105,18 +106,18 @@ class Episode:
         """
         step, at_rest = next(self._steps), at_rest or self._stopped
         self._stopped = True  # until an answer is here
-        whose = {"episode_id": self.id, "step": step, "applied_step": self._applied, "at_rest": at_rest}
+        whose = {"episode_id": self.id, "step": step, "applied_step": self.applied_step, "at_rest": at_rest}
         answer = self._client._act(observation, pose, age_us, **whose)
-        self._applied_before, self._applied, self._stopped = self._applied, step, False
+        self._applied_before, self.applied_step, self._stopped = self.applied_step, step, False
         return answer
 
     def not_applied(self) -> None:
-        """Say, before the next step, that the last answer was not applied after all: somebody had pressed stop, say.
+        """Say, before the next step or the end, that the last answer was not applied after all: somebody pressed stop.
 
         The next motion then begins at rest, and an import of the recording leaves out what was never done.
         """
         if not self._stopped:
-            self._applied, self._stopped = self._applied_before, True
+            self.applied_step, self._stopped = self._applied_before, True
 
     def succeeded(self, success: bool = True) -> None:
         """How it went; told when the episode ends. Recordings are labelled with it."""
@@ -279,7 +280,10 @@ class PolicyClient:
     def _end(self, episode: Episode) -> None:
         """A server that is gone, busy or too slow, or has forgotten the episode, must not hide how it went here."""
         try:
-            self._call(self._stub.EndEpisode, Outcome(episode_id=episode.id, outcome=episode.outcome))
+            self._call(
+                self._stub.EndEpisode,
+                Outcome(episode_id=episode.id, outcome=episode.outcome, applied_step=episode.applied_step),
+            )
         except PolicyError as error:
             if error.code not in (
                 grpc.StatusCode.UNAVAILABLE,

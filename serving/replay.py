@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from numpy.typing import NDArray
 
 from protos.codec import pack_action, unpack_action, unpack_observation, unpack_pose
 from protos.equiserve.v1 import policy_pb2 as pb
@@ -23,9 +22,9 @@ from protos.spaces import ActionSpec
 from serving.envelope import Envelope, Limits
 from serving.errors import PolicyRefused
 from serving.flight import files_of, limits_of, read
+from serving.past import Before, Past
 from serving.policy import Policy, load
 from serving.sampling import sample
-from serving.sessions import Before
 
 DIFFERENT, NOT_CARRIED_OUT = 1, 2
 NO_START = "in episodes whose start is not in the recording: greedy or sampled is not known"
@@ -38,9 +37,9 @@ class Replay:
     A policy is known by the SHA-256 of its file, whatever it is called. Its raw action, std and value must have the
     same bits; sampled actions are drawn again from their seeds. So must the action that was answered, within the
     limits of the server and of the episode; of recordings that do not tell those, it must lie within the contract's.
-    Where messages were dropped (the server counts them), the action before, on which limits of a jump depend, may be
-    another, and a difference none. Expect the same bits on the same kind of processor with the same onnxruntime;
-    elsewhere the last ones may differ.
+    Where messages were dropped (the server counts them), the action before, on which limits of a jump and the gripper
+    of a hold depend, may be another, and a difference none. Expect the same bits on the same kind of processor with the
+    same onnxruntime; elsewhere the last ones may differ.
 
     Exit code 0: all that could be compared is the same. 1: something differs. 2: nothing could be compared, or the
     command itself could not be carried out.
@@ -94,8 +93,8 @@ class Again:
         self._limits: dict[str, Limits] = {}
         """By version: what the server kept it within, where the recording tells."""
         self._episodes: dict[str, pb.StartEpisodeRequest] = {}
-        self._last: dict[str, tuple[int, NDArray[np.float32]]] = {}
-        """The last step of each of those, and its action."""
+        self._pasts: dict[str, Past] = {}
+        """Of each of those."""
         self.same = 0
         self.differences: list[str] = []
         """Of an action each: its file, its request, and what differs."""
@@ -116,7 +115,7 @@ class Again:
                 self._episodes[message.response.episode_id] = message.request
             elif isinstance(message, pb.FlightEnd):
                 self._episodes.pop(message.request.episode_id, None)
-                self._last.pop(message.request.episode_id, None)
+                self._pasts.pop(message.request.episode_id, None)
             elif isinstance(message, pb.FlightAction):
                 self._compare(file, message)
 
@@ -132,7 +131,8 @@ class Again:
         else:
             self.same += 1
         if policy is not None and request.episode_id in self._episodes:
-            self._last[request.episode_id] = request.step, unpack_action(response.action, policy.spec.action)
+            past = self._pasts.setdefault(request.episode_id, Past())
+            past.answered(request, unpack_action(response.action, policy.spec.action))
 
     def _answer(self, policy: Policy, request: pb.GetActionRequest) -> pb.GetActionResponse:
         """What serving.servicer says: raw_action, std and value, and where limits are known the action."""
@@ -149,7 +149,8 @@ class Again:
         )
         if (limits := self._limits.get(policy.version)) is not None:
             envelope = Envelope(policy.spec, limits).tighter(episode.limits if episode else {})
-            before = Before.of(request, *self._last.get(request.episode_id, ()))
+            past = self._pasts.get(request.episode_id)
+            before = past.before(request) if past else Before(None, request.at_rest)
             decision = envelope.decide(
                 proposed,
                 sound=proposal.sound,

@@ -18,16 +18,15 @@ from serving.answering import Answering, Call
 from serving.dispatcher import Dispatcher
 from serving.envelope import Decision, Envelope, Limits
 from serving.frames import FrameWatch, Look
+from serving.past import Before
 from serving.policy import BATCH, Policy, Proposal
 from serving.recorder import Recorder
 from serving.registry import Registry
 from serving.sampling import sample
-from serving.sessions import Before, Episode, Sessions
+from serving.sessions import Episode, Sessions
 from serving.stats import stats_of
 
 MAX_BATCH_ITEMS = 256
-OF_EPISODES = ("episode_id", "step", "applied_step")
-"""What a request has in an episode alone."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
                 episode = self._sessions.get(request.episode_id)
                 episode.require_pinned(request)
                 return episode.step(request, call.patience_s, lambda before: self._act(request, call, episode, before))
-            for field in (name for name in OF_EPISODES if getattr(request, name)):
-                expected, got = "0 outside an episode", str(getattr(request, field))
-                raise Rejected(field, expected, got, "call StartEpisode first")
+            _require_no_episode(request, "call StartEpisode first")
             return self._act(request, call)
 
     def GetActionBatch(
@@ -89,8 +86,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             tasks: dict[Policy, list[tuple[int, _Task]]] = {}
             for i, one in enumerate(request.requests):
                 try:
-                    for field in (name for name in OF_EPISODES if getattr(one, name)):
-                        raise Rejected(field, "nothing in a batch", "a value", "an episode acts by GetAction")
+                    _require_no_episode(one, "an episode acts by GetAction, and not in a batch")
                     task = self._understand(one, call)
                     tasks.setdefault(task.policy, []).append((i, task))
                 except Rejected as refused:
@@ -229,7 +225,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             age_s,
             look,
             np.random.default_rng(seed) if mode == pb.MODE_SAMPLE else None,
-            before or Before.of(request),
+            before or Before(None, request.at_rest),
         )
 
     def _respond(self, task: _Task, proposal: Proposal, call: Call) -> pb.GetActionResponse:
@@ -301,6 +297,16 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
 def _require_mode(mode: int) -> None:
     if mode not in pb.Mode.values():
         raise Rejected("mode", ", ".join(pb.Mode.keys()), str(mode))
+
+
+def _require_no_episode(request: pb.GetActionRequest, remedy: str) -> None:
+    for name, said in (
+        ("episode_id", request.episode_id),
+        ("step", request.step),
+        ("applied_step", request.HasField("applied_step")),
+    ):
+        if said:
+            raise Rejected(name, "nothing outside an episode", str(getattr(request, name)), remedy)
 
 
 def _require_order(request: pb.GetActionRequest) -> None:

@@ -6,31 +6,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from protos.codec import unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status, shown
 from serving.envelope import Envelope
+from serving.past import Before, Past
 from serving.policy import Policy
-
-
-class Before(NamedTuple):
-    """What came before a step: the action [A] that was carried out, if it is known, and whether the arm is at rest."""
-
-    action: NDArray[np.float32] | None
-    at_rest: bool
-
-    @classmethod
-    def of(cls, request: pb.GetActionRequest, step: int = 0, action: NDArray[np.float32] | None = None) -> "Before":
-        """Of this request, where `action` is what was answered last in its episode, to `step`."""
-        if action is not None and request.HasField("applied_step") and request.applied_step < step:
-            return cls(None, at_rest=True)
-        return cls(action, request.at_rest)
-
 
 Answer = Callable[[Before], pb.GetActionResponse]
 """What is asked for a new step."""
@@ -54,6 +36,7 @@ class Episode:
     steps: int = 0
     _ended: bool = False
     _last: tuple[pb.GetActionRequest, pb.GetActionResponse] | None = None
+    _past: Past = field(default_factory=Past)
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _places: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1 + WAITING))
 
@@ -90,18 +73,14 @@ class Episode:
                     expected = f"a step after {asked.step}"
                     raise Rejected("step", expected, str(request.step), remedy, Status.OUT_OF_RANGE)
                 if request.step == asked.step:
-                    _require_same(request.observation, asked.observation)
+                    _require_same(request, asked)
                     return answered
-            response = answer(self._before(request))
+            self._past.require_possible(request)
+            response = answer(self._past.before(request))
+            self._past.answered(request, unpack_action(response.action, self.policy.spec.action))
             self._last = request, response
             self.steps += 1
             return response
-
-    def _before(self, request: pb.GetActionRequest) -> Before:
-        if self._last is None:
-            return Before.of(request)
-        asked, answered = self._last
-        return Before.of(request, asked.step, unpack_action(answered.action, self.policy.spec.action))
 
     def end(self, patience_s: float) -> int:
         """Take no more steps; returns how many there were, the one under way included.
@@ -198,9 +177,14 @@ def _unknown(episode_id: str, why: str) -> Rejected:
     )  # fmt: skip
 
 
-def _require_same(observation: pb.Observation, before: pb.Observation) -> None:
-    """A retry may be older than the first try; all else that it shows must be the same."""
-    now, then = ({field.name: value for field, value in o.ListFields()} for o in (observation, before))
+def _require_same(request: pb.GetActionRequest, before: pb.GetActionRequest) -> None:
+    """A retry may be older than the first try; all else that it shows, and says of the arm, must be the same."""
+    told, first = ((r.at_rest, r.applied_step if r.HasField("applied_step") else None) for r in (request, before))
+    for name, ours, theirs in zip(("at_rest", "applied_step"), told, first, strict=True):
+        if ours != theirs:
+            remedy = "what happened meanwhile is for a new step"
+            raise Rejected(name, "the same as the first time", "another", remedy, Status.FAILED_PRECONDITION)
+    now, then = ({f.name: value for f, value in r.observation.ListFields()} for r in (request, before))
     different = sorted(name for name in (now.keys() | then.keys()) - {"age_us"} if now.get(name) != then.get(name))
     if different:
         raise Rejected(

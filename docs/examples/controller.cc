@@ -100,6 +100,7 @@ class Controller {
         break;
       }
     }
+    end.set_applied_step(applied_);
     mistake();
     pb::EndEpisodeResponse ended;
     if (auto status = policies_->EndEpisode(call(milliseconds(5000)).get(), end, &ended); !status.ok()) {
@@ -116,6 +117,7 @@ class Controller {
   bool step(int number) {
     const auto taken = Clock::now();
     auto request = look(number);
+    at_rest_ = true;  // unless an answer comes in time
     const auto sent = Clock::now();  // the first time: what the answer's validity counts from
     const auto response = ask(request, taken);
     if (!response) return false;
@@ -129,6 +131,8 @@ class Controller {
     }
     std::printf("step %d: %s\n", number, response->hold() ? "hold" : "move");
     move(response->action());  // of a hold: no motion, and a gripper that keeps what it has
+    applied_ = number;
+    at_rest_ = response->hold();
     return !response->hold();
   }
 
@@ -136,6 +140,8 @@ class Controller {
     pb::GetActionRequest request;
     request.set_episode_id(episode_id_);
     request.set_step(number);
+    request.set_applied_step(applied_);
+    request.set_at_rest(at_rest_);
     request.set_contract_digest(kContractDigest);
     const auto depth = camera(number);
     auto& observation = *request.mutable_observation();
@@ -183,6 +189,8 @@ class Controller {
   std::unique_ptr<pb::PolicyService::Stub> policies_;
   std::string token_;
   std::string episode_id_;
+  int applied_ = 0;      // the newest step that was carried out; 0: none
+  bool at_rest_ = true;  // whether the arm stands still
 };
 
 int main(int argc, char** argv) {

@@ -48,6 +48,7 @@ class Controller:
 
     def __init__(self, channel: grpc.Channel, token: str = "") -> None:
         self._policies = pb_grpc.PolicyServiceStub(channel)
+        self._applied, self._at_rest = 0, True  # the newest step that was carried out; whether the arm stands still
         self._metadata: Sequence[tuple[str, str]] = [("authorization", f"Bearer {token}")] if token else []
 
     def run(self) -> bool:
@@ -62,7 +63,7 @@ class Controller:
                 outcome = pb.EndEpisodeRequest.OUTCOME_ABORTED
                 break
         self.mistake(episode.episode_id)
-        end = pb.EndEpisodeRequest(episode_id=episode.episode_id, outcome=outcome)
+        end = pb.EndEpisodeRequest(episode_id=episode.episode_id, outcome=outcome, applied_step=self._applied)
         ended = self._policies.EndEpisode(end, timeout=5, metadata=self._metadata)
         print(f"{pb.EndEpisodeRequest.Outcome.Name(outcome)} after {ended.steps} answered steps")
         return outcome != pb.EndEpisodeRequest.OUTCOME_ABORTED or ended.steps > 0
@@ -77,7 +78,9 @@ class Controller:
             width=SPEC.observation.width,
             gripper=0.0,
         )
-        request = pb.GetActionRequest(observation=observation, episode_id=episode_id, step=step)
+        arm = {"applied_step": self._applied, "at_rest": self._at_rest}
+        request = pb.GetActionRequest(observation=observation, episode_id=episode_id, step=step, **arm)
+        self._at_rest = True  # unless an answer comes in time
         sent_s = time.monotonic()  # the first time: what the answer's validity counts from
         response = self._ask(request, taken_s)
         if response is None:
@@ -91,6 +94,7 @@ class Controller:
             return False
         print(f"step {step}: {'hold' if response.hold else 'move'}")
         move(response.action)  # of a hold: no motion, and a gripper that keeps what it has
+        self._applied, self._at_rest = step, response.hold
         return not response.hold
 
     def _ask(self, request: pb.GetActionRequest, taken_s: float) -> pb.GetActionResponse | None:

@@ -33,7 +33,7 @@ def test_each_item_has_its_own_status(running):
         acting(5, age_us=10**9),
         acting(6, mode=9),
         acting(7),
-        acting(8, applied_step=4),
+        acting(8, applied_step=0),
     ]
     items = running.stub.GetActionBatch(pb.GetActionBatchRequest(requests=requests)).items
     assert [item.status.code for item in items] == [0, 3, 5, 3, 3, 11, 3, 0, 3]

@@ -54,7 +54,7 @@ class Fickle(pb_grpc.PolicyServiceServicer):
         return pb.StartEpisodeResponse(episode_id="one")
 
     def EndEpisode(self, request, context):
-        self.ends += 1
+        self.ends, self.ended = self.ends + 1, request
         if self.end:
             context.abort(self.end, "as told")
         return pb.EndEpisodeResponse()
@@ -379,6 +379,8 @@ def test_an_episode_tells_what_was_not_applied_and_that_the_arm_rests(fickle):
         assert told(episode) == (8, 7, False)
         fickle.valid_s = 60.0
         assert told(episode) == (9, 7, True)
+        episode.not_applied()
+    assert fickle.ended.applied_step == 7
 
 
 def test_an_answer_says_until_when_it_may_be_applied(running):

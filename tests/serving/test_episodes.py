@@ -210,7 +210,7 @@ def test_a_jump_counts_from_what_the_arm_did(serve, tmp_path, told, from_rest):
 
 
 def test_a_command_that_was_not_carried_out_is_not_kept_in_a_hold(serve, tmp_path):
-    """An empty hand that was told to open, and did not: it stays as the observation says it is."""
+    """A hand that holds something, and was told to open half: it keeps what it holds, as the observation says."""
     breaks = tiny_policy_file(tmp_path / "p.onnx", breaks=["nan_when_far"], golden_from="broken")
     running = serve(policy=(str(breaks),))
     held = {}
@@ -224,6 +224,44 @@ def test_a_command_that_was_not_carried_out_is_not_kept_in_a_hold(serve, tmp_pat
         held[applied] = answer.action.p
     assert held == {1: command, 0: 0.0}
     assert command != 0.0
+
+
+def test_a_hold_keeps_the_last_command_that_was_carried_out(serve, tmp_path):
+    """Though what came after it was denied, and though the observation says that nothing is held."""
+    breaks = tiny_policy_file(tmp_path / "p.onnx", breaks=["nan_when_far"], golden_from="broken")
+    running = serve(policy=(str(breaks),))
+    id_ = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
+    commands = [
+        running.stub.GetAction(acting(step, episode_id=id_, step=step, applied_step=applied)).action.p
+        for step, applied in ((1, 0), (2, 1), (3, 2), (4, 2), (5, 2))
+    ]
+    far = pb.GetActionRequest(observation=pack_observation(far_scene()), episode_id=id_, step=6, applied_step=2)
+    answer = running.stub.GetAction(far)
+    assert answer.hold
+    assert answer.action.p == commands[1] != 1.0
+    assert len(set(commands)) == 5
+
+
+@pytest.mark.parametrize("claimed", [2, 3])
+def test_what_was_denied_cannot_be_claimed_later(running, claimed):
+    """As by a controller that asks before it has applied the answer before."""
+    id_ = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
+    for step, applied in ((1, 0), (2, 1), (4, 1)):
+        running.stub.GetAction(acting(step, episode_id=id_, step=step, applied_step=applied))
+    code, parts = refusal(running.stub.GetAction, acting(5, episode_id=id_, step=5, applied_step=claimed))
+    assert (code, parts["field"]) == ("INVALID_ARGUMENT", "applied_step")
+    assert running.stub.GetAction(acting(5, episode_id=id_, step=5, applied_step=4)).policy
+
+
+@pytest.mark.parametrize("told", [{"at_rest": True}, {"applied_step": 0}, {"applied_step": 3}])
+def test_a_retry_says_the_same_of_the_arm(running, told):
+    """Or the first try's motion would be applied to an arm that has come to rest since."""
+    id_ = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
+    first = acting(1, episode_id=id_, step=4)
+    answer = running.stub.GetAction(first)
+    code, parts = refusal(running.stub.GetAction, acting(1, episode_id=id_, step=4, **told))
+    assert (code, parts["field"]) == ("FAILED_PRECONDITION", next(iter(told)))
+    assert running.stub.GetAction(first) == answer
 
 
 @pytest.mark.parametrize("applied", [2, 3, 2**64 - 1])

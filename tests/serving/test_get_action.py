@@ -103,6 +103,7 @@ MALFORMED = {
     "a long episode": (request(episode_id="x" * 10_000, step=3), "NOT_FOUND", "episode_id"),
     "a step without an episode": (request(step=3), BAD, "step"),
     "an applied step without an episode": (request(applied_step=3), BAD, "applied_step"),
+    "a first applied step without an episode": (request(applied_step=0), BAD, "applied_step"),
     "the largest step": (request(step=2**64 - 1), BAD, "step"),
     "an old frame": (request(observation_age_us=round(UNHURRIED_MS * 1e3)), "OUT_OF_RANGE", "observation.age_us"),
     "the oldest frame": (request(observation_age_us=2**64 - 1), "OUT_OF_RANGE", "observation.age_us"),

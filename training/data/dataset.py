@@ -96,7 +96,10 @@ def load(
     """
     try:
         return _load(path, successful_only, discount, n_step, device or torch.device("cpu"))
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except torch.OutOfMemoryError as error:
+        got = str(error).splitlines()[0]
+        raise Rejected(str(path), f"a dataset that fits on {device}", got, "say --device cpu") from error
+    except MemoryError as error:
         remedy = "train on a part of it (python -m training.data split), or where there is more"
         got = str(error).splitlines()[0] if str(error) else "no memory"
         raise Rejected(str(path), "a dataset that fits in memory, twice while it is read", got, remedy) from error

@@ -131,8 +131,8 @@ def joined(paths: Sequence[Path], parts: Sequence[About]) -> About:
 
 
 def _digest(episode: Episode) -> bytes:
-    """Of what it shows and does."""
+    """Of what it shows and does, and whether it terminated."""
     digest = hashlib.sha256()
-    for array in (episode.depth, episode.gripper, episode.action, episode.reward):
+    for array in (episode.depth, episode.gripper, episode.action, episode.reward, [episode.terminated]):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.digest()

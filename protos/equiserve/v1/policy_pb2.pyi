@@ -226,7 +226,7 @@ class StartEpisodeResponse(_message.Message):
     def __init__(self, episode_id: _Optional[str] = ..., policy: _Optional[str] = ..., version: _Optional[str] = ..., contract_digest: _Optional[str] = ..., limits: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class EndEpisodeRequest(_message.Message):
-    __slots__ = ("episode_id", "outcome")
+    __slots__ = ("episode_id", "outcome", "applied_step")
     class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         OUTCOME_UNSPECIFIED: _ClassVar[EndEpisodeRequest.Outcome]
@@ -239,9 +239,11 @@ class EndEpisodeRequest(_message.Message):
     OUTCOME_ABORTED: EndEpisodeRequest.Outcome
     EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_STEP_FIELD_NUMBER: _ClassVar[int]
     episode_id: str
     outcome: EndEpisodeRequest.Outcome
-    def __init__(self, episode_id: _Optional[str] = ..., outcome: _Optional[_Union[EndEpisodeRequest.Outcome, str]] = ...) -> None: ...
+    applied_step: int
+    def __init__(self, episode_id: _Optional[str] = ..., outcome: _Optional[_Union[EndEpisodeRequest.Outcome, str]] = ..., applied_step: _Optional[int] = ...) -> None: ...
 
 class EndEpisodeResponse(_message.Message):
     __slots__ = ("steps",)

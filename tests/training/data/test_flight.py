@@ -62,8 +62,8 @@ class Tape:
         asked = pb.GetActionRequest(observation=observation, episode_id=episode, step=step, applied_step=applied)
         self.put(pb.FlightAction(request=asked, response=answer))
 
-    def end(self, episode: str, outcome: Outcome.Outcome, steps: int) -> None:
-        asked = Outcome(episode_id=episode, outcome=outcome)
+    def end(self, episode: str, outcome: Outcome.Outcome, steps: int, applied: int | None = None) -> None:
+        asked = Outcome(episode_id=episode, outcome=outcome, applied_step=applied)
         self.put(pb.FlightEnd(request=asked, response=pb.EndEpisodeResponse(steps=steps)))
 
     def episode(self, name: str, outcome: Outcome.Outcome, steps: int = 3, info: pb.PolicyInfo = INFO) -> None:
@@ -150,6 +150,18 @@ def test_what_was_not_applied_is_no_data(tape: Tape, capsys: pytest.CaptureFixtu
     np.testing.assert_allclose(episode.depth[:-1, 0, 0], [0.303, 0.305, 0.308, 0.309, 0.31], rtol=1e-6)
     assert about.notes["left_out"] == {"actions that were not applied": 4}
     assert "left out: 4 actions that were not applied" in capsys.readouterr().err
+
+
+def test_the_end_may_say_that_the_last_action_was_not_applied(tape: Tape) -> None:
+    """The task was done before it: the success is that of the action before."""
+    tape.begin("a")
+    for step in (1, 2, 3):
+        tape.act("a", step, applied=step - 1)
+    tape.end("a", Outcome.OUTCOME_SUCCESS, 3, applied=2)
+    imported(tape)
+    (episode,) = store.read(tape.folder.parent / "set")
+    np.testing.assert_allclose(episode.action[:, 1], [0.001, 0.002], rtol=1e-6)
+    assert (episode.reward.tolist(), episode.terminated) == ([0.0, 1.0], True)
 
 
 def test_an_episode_of_which_nothing_was_applied_is_left_out(tape: Tape) -> None:

@@ -117,10 +117,14 @@ class _Seen:
         """A step that was answered, unless it was tried again."""
         if self.answered and asked.step <= self.answered[-1]:
             return
-        while asked.HasField("applied_step") and self.applied and self.applied[-1] > asked.applied_step:
-            self.applied.pop()
+        self.deny(asked)
         self.answered.append(asked.step)
         self.applied.append(asked.step)
+
+    def deny(self, told: pb.GetActionRequest | pb.EndEpisodeRequest) -> None:
+        """What it says was not applied."""
+        while told.HasField("applied_step") and self.applied and self.applied[-1] > told.applied_step:
+            self.applied.pop()
 
 
 class _Found:
@@ -143,6 +147,7 @@ class _Found:
                 self._seen(message.request.episode_id, message.response).take(message.request)
             elif isinstance(message, pb.FlightEnd) and message.request.episode_id in self.episodes:
                 seen = self.episodes[message.request.episode_id]
+                seen.deny(message.request)
                 seen.taken, seen.success = message.response.steps, SUCCESS_OF.get(message.request.outcome)
 
     def _seen(self, episode: str, acts: pb.StartEpisodeResponse | pb.GetActionResponse) -> _Seen:

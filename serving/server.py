@@ -137,7 +137,9 @@ class Server:
             log.error("tokens: the ones before stay: %s", error)
 
     def stop(self) -> None:
-        """Report NOT_SERVING, refuse what comes, and return when calls in flight have finished or the grace is over."""
+        """Report NOT_SERVING, refuse what comes, and return when calls in flight have finished or the grace is over.
+
+        How episodes ended is heard for a moment more."""
         already, self.answering.draining = self.answering.draining, True
         self.health.enter_graceful_shutdown()
         if not already and len(self.metrics.call_counts()):

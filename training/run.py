@@ -200,7 +200,7 @@ def _warn_if_behind(evaluations: Evaluations, run: Run, *, warned: bool) -> bool
     """Once: all are played in the end, and a run would last longer than its budget without having said so."""
     behind = evaluations.unfinished > BEHIND
     if behind and not warned:
-        pace = f"--eval-every {run.config.eval_every} updates take less time than one does"
+        pace = f"with --eval-every {run.config.eval_every} they come faster than they are played"
         tqdm.write(f"{evaluations.unfinished} evaluations are not done yet: {pace}, and the run ends when all are done")
     return warned or behind
 

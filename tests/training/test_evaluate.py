@@ -80,7 +80,7 @@ def test_evaluations_that_fall_behind_are_told_of_once(
     monkeypatch.setattr("training.run._export", lambda run, evaluations: run.config.output)
     train(parse(arguments(drawer, tmp_path / "run", "--updates", "9", "--eval-every", "1", "--eval-episodes", "1")))
     said = capsys.readouterr().out
-    assert said.count("evaluations are not done yet: --eval-every 1 updates") == 1
+    assert said.count("evaluations are not done yet: with --eval-every 1 they") == 1
     assert said.count(f"{BEHIND + 1} evaluations") == 1
 
 

@@ -104,7 +104,7 @@ class Merge:
 
         convert(self.output, "minari", about, episodes())
         if again:
-            print(f"warning: left out: {again} episodes that were there before", file=sys.stderr)
+            print(f"warning: left out: {again} of the episodes, as they were there before", file=sys.stderr)
         return 0
 
 

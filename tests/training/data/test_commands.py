@@ -258,7 +258,7 @@ def test_what_was_split_is_merged_again(path: Path, tmp_path: Path, capsys: pyte
 
 def test_an_episode_is_merged_once(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert merged(tmp_path, minari(tmp_path / "more", 10), path) == 0
-    assert "warning: left out: 8 episodes that were there before\n" in capsys.readouterr().err
+    assert "warning: left out: 8 of the episodes, as they were there before\n" in capsys.readouterr().err
     assert_same(list(store.read(tmp_path / "more")), list(store.read(tmp_path / "both")))
 
 

@@ -139,7 +139,8 @@ class Server:
     def stop(self) -> None:
         """Report NOT_SERVING, refuse what comes, and return when calls in flight have finished or the grace is over.
 
-        How episodes ended is heard for a moment more."""
+        How episodes ended is heard for a moment more.
+        """
         already, self.answering.draining = self.answering.draining, True
         self.health.enter_graceful_shutdown()
         if not already and len(self.metrics.call_counts()):

@@ -22,7 +22,7 @@ from protos.spaces import ActionSpec
 from serving.envelope import Envelope, Limits
 from serving.errors import PolicyRefused
 from serving.flight import files_of, limits_of, read
-from serving.past import Before, Past
+from serving.past import Past
 from serving.policy import Policy, load
 from serving.sampling import sample
 
@@ -149,8 +149,7 @@ class Again:
         )
         if (limits := self._limits.get(policy.version)) is not None:
             envelope = Envelope(policy.spec, limits).tighter(episode.limits if episode else {})
-            past = self._pasts.get(request.episode_id)
-            before = past.before(request) if past else Before(None, request.at_rest)
+            before = self._pasts.get(request.episode_id, Past()).before(request)
             decision = envelope.decide(
                 proposed,
                 sound=proposal.sound,

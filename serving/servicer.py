@@ -18,7 +18,7 @@ from serving.answering import Answering, Call
 from serving.dispatcher import Dispatcher
 from serving.envelope import Decision, Envelope, Limits
 from serving.frames import FrameWatch, Look
-from serving.past import Before
+from serving.past import Before, Past
 from serving.policy import BATCH, Policy, Proposal
 from serving.recorder import Recorder
 from serving.registry import Registry
@@ -225,7 +225,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             age_s,
             look,
             np.random.default_rng(seed) if mode == pb.MODE_SAMPLE else None,
-            before or Before(None, request.at_rest),
+            before or Past().before(request),
         )
 
     def _respond(self, task: _Task, proposal: Proposal, call: Call) -> pb.GetActionResponse:

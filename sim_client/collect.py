@@ -25,7 +25,7 @@ from sim_client.calibrate import calibrate
 from sim_client.episodes import Episode
 from sim_client.rollout import rollout
 from sim_client.seeds import RECORDED_PER_SEED, SURVEYED
-from sim_client.store import About, write
+from sim_client.store import About, dataset_id, write
 from sim_client.workers import Partial, Record, episodes
 from sim_client.world import World, unwrapped
 
@@ -169,7 +169,7 @@ def prepare(config: Collect) -> About:
             spec=unwrapped(env).spec_of_policy,
             task=config.task,
             behavior=config.behavior,
-            dataset_id=f"equiserve/{config.task.replace('_', '-')}/{config.behavior.partition(':')[0]}-v0",
+            dataset_id=dataset_id(config.task, config.behavior.partition(":")[0]),
             env_spec=env.spec.to_json(),
             notes={"seed": config.seed} | ({"policies": policies} if policies else {}),
         )

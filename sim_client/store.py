@@ -49,6 +49,11 @@ class About:
                 raise Rejected(name, "printable text, for policies to be known by", ascii(text))
 
 
+def dataset_id(task: str, made_by: str) -> str:
+    """Minari's name for the episodes of a task."""
+    return f"equiserve/{task.replace('_', '-')}/{made_by}-v0"
+
+
 def write(path: Path, episodes: Iterable[Episode], about: About) -> None:
     """Write a Minari dataset to `path`, whole or not at all; `MinariDataset(path / "data")` opens it.
 

@@ -57,6 +57,7 @@ class Evaluations:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  (not a pipe: nobody reads while it runs)
         self._result = self._folder  # where the process will write it
         self._told: set[int] = set()
+        self._unsettled: set[int] = set()
 
     def resume(self) -> None:
         """Tell no result again that the run told before; call it after `Run.restore`.
@@ -89,9 +90,16 @@ class Evaluations:
         results = self.results()
         fresh = [r for r in results if r.update not in self._told]
         self._told |= {r.update for r in fresh}
+        self._unsettled |= {r.update for r in fresh}
         if fresh:
             self._keep_the_best(results)
         return fresh
+
+    def settle(self) -> None:
+        """What was told is kept: its snapshots may go."""
+        for update in self._unsettled:
+            self._snapshot(update).unlink(missing_ok=True)
+        self._unsettled.clear()
 
     def wait(self, stop: threading.Event) -> list[Result]:
         """Finish every evaluation, or stop waiting; what has come in since the last call."""
@@ -157,11 +165,6 @@ class Evaluations:
         chosen = self._snapshot(best(results).update)
         if chosen.exists():
             write_atomically(self._run.config.output / BEST, chosen.read_bytes())
-
-    def settle(self) -> None:
-        """What was told is kept: its snapshots may go."""
-        for update in self._told:
-            self._snapshot(update).unlink(missing_ok=True)
 
     def _snapshot(self, update: int) -> Path:
         return self._folder / f"update-{update:07d}.pt"

@@ -177,8 +177,7 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
                 evaluations.take()
                 behind = _warn_if_behind(evaluations, run, warned=behind)
             if evaluations and run.updates % LOG_EVERY == 0:
-                _log_success(evaluations.poll(), log)
-                evaluations.settle()
+                _log_success(evaluations, evaluations.poll(), log)
             if leads and run.seconds - saved >= run.config.checkpoint_s:
                 run.save()
                 saved = run.seconds
@@ -192,8 +191,7 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
         run.processes.meet()
         if evaluations and not stop.is_set():
             bar.set_postfix_str(f"evaluations left: {evaluations.unfinished}; after Ctrl-C, --resume goes on with them")
-            _log_success(evaluations.wait(stop), log)
-            evaluations.settle()
+            _log_success(evaluations, evaluations.wait(stop), log)
 
 
 def _warn_if_behind(evaluations: Evaluations, run: Run, *, warned: bool) -> bool:
@@ -216,7 +214,7 @@ def _show(bar: "tqdm[Any]", run: Run, scalars: Mapping[str, float]) -> None:
     bar.set_postfix_str(f"update {run.updates}, {scalars['time/update_ms']:.0f} ms, {losses}", refresh=False)
 
 
-def _log_success(results: list[Result], log: SummaryWriter) -> None:
+def _log_success(evaluations: Evaluations, results: list[Result], log: SummaryWriter) -> None:
     for result in results:
         low, high = result.interval
         for name, value in (("rate", result.success_rate), ("wilson_low", low), ("wilson_high", high)):
@@ -224,6 +222,7 @@ def _log_success(results: list[Result], log: SummaryWriter) -> None:
         tqdm.write(f"update {result.update}: {result.successes} of {result.episodes} episodes succeeded")
     if results:  # they are told once: a kill must not take them out of the curve
         log.flush()
+        evaluations.settle()
 
 
 def _log(run: Run) -> SummaryWriter:

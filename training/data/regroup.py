@@ -14,7 +14,7 @@ import tyro
 from protos.errors import Rejected
 from protos.files import require_absent
 from sim_client.episodes import Episode
-from sim_client.store import About
+from sim_client.store import About, dataset_id
 from training.data.convert import convert, open_dataset
 
 
@@ -124,7 +124,7 @@ def joined(paths: Sequence[Path], parts: Sequence[About]) -> About:
         spec=first.spec,
         task=first.task,
         behavior=", ".join(dict.fromkeys(part.behavior for part in parts)),
-        dataset_id=f"equiserve/{first.task.replace('_', '-')}/merged-v0",
+        dataset_id=dataset_id(first.task, "merged"),
         env_spec=worlds.pop() if len(worlds) == 1 else None,
         notes={"merged": [{"of": part.dataset_id, **part.notes} for part in parts]},
     )

@@ -18,7 +18,7 @@ from protos.errors import Rejected
 from protos.spaces import PolicySpec
 from serving.flight import files_of
 from serving.flight import read as entries_of
-from sim_client.store import About
+from sim_client.store import About, dataset_id
 from training.data.formats.raw import Array, Misused, Raw, Source, about_from_json
 
 SUCCESS_OF = {
@@ -80,7 +80,7 @@ def read(path: Path, choice: Choice) -> Source:
         spec=plain.spec,
         task=known[0].task,
         behavior=", ".join(sorted({f"policy:{info.name}" for info in known})),
-        dataset_id=f"equiserve/{known[0].task.replace('_', '-')}/flight-v0",
+        dataset_id=dataset_id(known[0].task, "flight"),
         notes=notes,
     )
     return Source(about, _episodes(files, chosen, about.spec))

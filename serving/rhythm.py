@@ -5,6 +5,7 @@ model's time, is held to a rate while others act, and may not start what another
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -97,7 +98,8 @@ class Rhythm:
 
     def __init__(self, concurrency: int, client_hz: float) -> None:
         self._concurrency, self.client_hz = concurrency, client_hz
-        self._clients: dict[str, _Client] = {}
+        self._clients: OrderedDict[str, _Client] = OrderedDict()
+        """Who asked last stands last."""
         self._asks, self._refusals = _Rate(SOON_S), _Rate(SOON_S)
         self._questions: dict[str, _Rate] = {}
         self.turn_s = 0.0
@@ -107,9 +109,10 @@ class Rhythm:
         client = self._clients.get(name)
         if client is None:
             if len(self._clients) >= REMEMBERED:
-                del self._clients[min(self._clients, key=lambda n: self._clients[n].asks.last)]
+                self._clients.popitem(last=False)
             client = self._clients[name] = _Client(now)
         client.ask(now)
+        self._clients.move_to_end(name)
         self._asks.note(now)
 
     def admits_question(self, name: str, now: float) -> bool:
@@ -129,6 +132,7 @@ class Rhythm:
         """Its call wants so many besides the first: a batch at 4 Hz may ask for more than a robot at 20."""
         if name in self._clients:
             self._clients[name].asks.note(now, inferences)
+            self._clients.move_to_end(name)
 
     def refuses(self, name: str, now: float) -> None:
         """A call, for want of room."""
@@ -209,6 +213,8 @@ class Rhythm:
     def rarer(self, name: str, now: float) -> list[_Client]:
         """Active clients that ask much less often than `name`, and no more often than a controller."""
         active = self._active(now)
+        if len(active) < 2:  # a lone client, as most are: every call comes here several times
+            return []
         mine = active.get(name)
         most = self._rarer_than(mine.hz(now)) if mine else 0.0
         return [c for c in active.values() if c.known(now) and c.hz(now) < most]
@@ -218,4 +224,11 @@ class Rhythm:
         return min(hz / MUCH_MORE, self.client_hz)
 
     def _active(self, now: float) -> dict[str, _Client]:
-        return {n: c for n, c in self._clients.items() if now - c.asks.last < WINDOW_S}
+        """Those of the window, and no look at all who came and went before."""
+        active = {}
+        for name in reversed(self._clients):
+            client = self._clients[name]
+            if now - client.asks.last >= WINDOW_S:
+                break
+            active[name] = client
+        return active

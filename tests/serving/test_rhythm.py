@@ -209,6 +209,33 @@ def test_names_do_not_pile_up():
     assert f"client {3 * REMEMBERED - 1}" in rhythm._clients
 
 
+def test_who_asks_for_more_of_a_call_under_way_is_active_whoever_else_asked_since():
+    rhythm = Rhythm(1, LIMIT_HZ)
+    rhythm.asks("batch", 0.0)
+    rhythm.asks("robot", 0.5)
+    rhythm.asks_more("batch", 0.5 + WINDOW_S / 2, 7)
+    assert list(rhythm._active(0.5 + 1.2 * WINDOW_S)) == ["batch"]
+
+
+def test_who_came_and_went_is_not_looked_at_again():
+    """A server that has run for a month has heard of hundreds, and asks several times a call who is active."""
+
+    class Counted(dict):
+        looks = 0
+
+        def __getitem__(self, name):
+            self.looks += 1
+            return super().__getitem__(name)
+
+    rhythm = Rhythm(1, LIMIT_HZ)
+    for i in range(REMEMBERED):
+        rhythm.asks(f"client {i}", i / 1000)
+    rhythm.asks("robot", 100.0)
+    rhythm._clients = clients = Counted(rhythm._clients)
+    assert list(rhythm._active(100.1)) == ["robot"]
+    assert clients.looks == 2
+
+
 def test_a_robot_that_has_just_begun_is_not_taken_for_a_rare_caller():
     rhythm = Rhythm(1, LIMIT_HZ)
     rhythm.took(0.045)  # too slow for two robots at 20 Hz

@@ -12,6 +12,7 @@ from protos.spaces import ActionSpec, Observation, ObservationSpec, Pose
 
 Encoding = pb.Observation.Encoding
 MILLIMETRE = 1e-3
+_EPSILON = float(np.finfo(np.float32).eps)
 _DTYPES: dict[int, np.dtype[Any]] = {
     pb.Observation.FLOAT32_METERS: np.dtype("<f4"),
     pb.Observation.UINT16_MILLIMETERS: np.dtype("<u2"),
@@ -111,7 +112,7 @@ def unpack_observation(message: pb.Observation, spec: ObservationSpec) -> Observ
 def _rounding_m(message: pb.Observation, spec: ObservationSpec) -> float:
     """How far a depth on the edge of the range may come out beyond it: float32(0.6) > 0.6, and counts are rounded."""
     count = 0.0 if message.encoding == pb.Observation.FLOAT32_METERS else _metres_per_count(message)
-    return min(count, MILLIMETRE) / 2 + float(np.finfo(np.float32).eps) * spec.depth_max_m
+    return min(count, MILLIMETRE) / 2 + _EPSILON * spec.depth_max_m
 
 
 def _metres_per_count(message: pb.Observation) -> float:
@@ -130,11 +131,12 @@ def unpack_pose(message: pb.Observation) -> Pose | None:
     """The pose that came with an observation, or None. Raises Rejected when it is not finite."""
     if not message.HasField("pose"):
         return None
-    pose = Pose(message.pose.x, message.pose.y, message.pose.z, message.pose.yaw)
-    for name in ("x", "y", "z", "yaw"):
-        if not math.isfinite(getattr(pose, name)):
-            raise Rejected(f"observation.pose.{name}", "a finite number", str(getattr(pose, name)))
-    return pose
+    sent = message.pose
+    values = sent.x, sent.y, sent.z, sent.yaw
+    for name, value in zip(("x", "y", "z", "yaw"), values, strict=True):
+        if not math.isfinite(value):
+            raise Rejected(f"observation.pose.{name}", "a finite number", str(value))
+    return Pose(*values)
 
 
 def pack_action(action: NDArray[np.floating], spec: ActionSpec) -> pb.Action:

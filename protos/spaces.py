@@ -96,7 +96,7 @@ class ActionSpec:
         if len(set(self.components)) != len(self.components):
             raise ValueError(f"action components must be distinct, got {self.components}")
 
-    @property
+    @functools.cached_property
     def components(self) -> tuple[str, ...]:
         return tuple(c for f in self.fields for c in f.components)
 

@@ -98,12 +98,14 @@ class Answering:
     @contextmanager
     def __call__(self, method: str, context: grpc.ServicerContext) -> Iterator[Call]:
         """Turn what goes wrong into one gRPC status, and count the call under it. No traceback leaves the server."""
-        metadata = context.invocation_metadata()
         service = "PolicyAdmin" if method in ADMIN_METHODS else "PolicyService"
         refusal, call = None, self._call(context)
         with self._tracer.span(method, call.request_id) as span:
             try:
-                call.client = self._gate.require(f"/equiserve.v1.{service}/{method}", metadata) or call.client
+                call.client = (
+                    self._gate.require(f"/equiserve.v1.{service}/{method}", context.invocation_metadata())
+                    or call.client
+                )
                 if self.draining and method not in FINISHING:
                     remedy = "call another server, or wait for the next"
                     raise Rejected("server", "one that takes calls", "one that drains", remedy, Status.UNAVAILABLE)

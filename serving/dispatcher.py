@@ -8,7 +8,7 @@ for a batch to fill, so a lone client pays nothing for it.
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 
 from protos.errors import Rejected, Status
@@ -43,12 +43,13 @@ class Dispatcher:
         self._concurrency, self._longest, self._max_batch, self._max_wait_s = concurrency, queue, max_batch, max_wait_s
         self._lock = threading.Lock()
         self._line: deque[Ticket] = deque()
-        self._running: Counter[str] = Counter()
+        self._running: dict[str, int] = {}
         self._rhythm = Rhythm(concurrency, client_hz)
         self._turns: dict[Ticket, float] = {}
         """Who has a place before the model, and since when (time.monotonic)."""
-        self._answered: list[Caller] = []
-        """In the last turn: their replies may be on their way out."""
+        self._answered: list[tuple[str, threading.Event | None]] = []
+        """Who was in the last turn, and what says that the reply is out. Not the callers themselves: the last call, its
+        message and all, would be kept for the next one to free."""
         self.expired = 0
         """Calls that left the line without an answer: the model was never asked for them."""
 
@@ -102,7 +103,8 @@ class Dispatcher:
             now = time.monotonic()
             self._rhythm.asks(name, now)
             if not repeats:
-                if self._rhythm.yields(name, now) and any(self._is_rarer(t.caller, name) for t in self._turns):
+                rarer_acts = any(self._rhythm.is_rarer(turn.caller.name, name, now) for turn in self._turns)
+                if rarer_acts and self._rhythm.yields(name, now):
                     self._rhythm.holds_back(name)
                     raise _too_much()  # its message would be read at the cost of a controller's inference
                 self._require_room(name)
@@ -179,12 +181,12 @@ class Dispatcher:
 
     def _may_start(self, name: str) -> bool:
         share = max(1, self._concurrency - 1)
-        return len(self._turns) < self._concurrency and self._running[name] < share
+        return len(self._turns) < self._concurrency and self._running.get(name, 0) < share
 
     def _start(self, ticket: Ticket) -> None:
         ticket.leads = True
         now = self._turns[ticket] = time.monotonic()
-        self._running[ticket.caller.name] += 1
+        self._running[ticket.caller.name] = self._running.get(ticket.caller.name, 0) + 1
         self._rhythm.starts(ticket.caller.name, now, ticket.size)
         ticket.called.release()
 
@@ -211,7 +213,7 @@ class Dispatcher:
             offer_interpreter()
             with self._lock:
                 self._rhythm.took(spent / sum(one.size for one in batch))
-                self._answered = [one.caller for one in batch]
+                self._answered = [(one.caller.name, one.caller.replied) for one in batch]
             for one in batch:
                 one.outcome = Turn([next(proposals) for _ in one.observations], start - one.came, spent)
         except BaseException as error:
@@ -234,14 +236,12 @@ class Dispatcher:
     def _let_replies_go(self, name: str) -> None:
         """Before an inference of `name` takes the core from them: those of the last, to clients that ask much less."""
         with self._lock:
-            going = [caller.replied for caller in self._answered if self._is_rarer(caller, name)]
+            now = time.monotonic()
+            going = [replied for other, replied in self._answered if self._rhythm.is_rarer(other, name, now)]
         until = time.monotonic() + REPLY_S
         for replied in going:
             if replied:
                 replied.wait(until - time.monotonic())
-
-    def _is_rarer(self, caller: Caller, name: str) -> bool:
-        return self._rhythm.is_rarer(caller.name, name, time.monotonic())
 
     def _leave(self, ticket: Ticket) -> None:
         """Give the place to the first in line who may have it and still wants it; who had it goes behind others."""

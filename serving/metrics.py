@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -205,14 +205,14 @@ class _Timings(Collector):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._calls: dict[tuple[str, str], _Histogram] = {}
-        self._phases: dict[str, _Histogram] = {}
+        self._calls: defaultdict[tuple[str, str], _Histogram] = defaultdict(_Histogram)
+        self._phases: defaultdict[str, _Histogram] = defaultdict(_Histogram)
 
     def observe(self, method: str, code: str, seconds: float, phases: Mapping[str, float]) -> None:
         with self._lock:
-            self._calls.setdefault((method, code), _Histogram()).observe(seconds)
+            self._calls[method, code].observe(seconds)
             for phase, spent in phases.items():
-                self._phases.setdefault(phase, _Histogram()).observe(spent)
+                self._phases[phase].observe(spent)
 
     def counts(self) -> dict[tuple[str, str], int]:
         with self._lock:

@@ -31,12 +31,17 @@ class Parser(grpc.ServerInterceptor):
 
     def __init__(self, refuse: Callable[[str, Rejected, grpc.ServicerContext], None]) -> None:
         self._refuse = refuse
+        self._handlers: dict[str, Any] = {}
+        """Of each method that there is, made when it is called first."""
 
     def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         handler = continuation(details)
-        if handler is None:
-            return handler
-        parse, method = handler.request_deserializer, details.method.rpartition("/")[2]
+        if handler is not None and details.method not in self._handlers:
+            self._handlers[details.method] = self._careful(handler, details.method.rpartition("/")[2])
+        return self._handlers.get(details.method)
+
+    def _careful(self, handler: Any, method: str) -> Any:
+        parse = handler.request_deserializer
 
         def parse_or_mark(content: bytes) -> Any:
             try:

@@ -1,5 +1,6 @@
 """A loaded policy.onnx: onnxruntime session, contract and golden pairs; act(observation) -> Proposal."""
 
+import functools
 import hashlib
 import math
 import os
@@ -37,7 +38,7 @@ class Proposal:
     @property
     def sound(self) -> bool:
         """Whether all of it is finite."""
-        return bool(np.isfinite(self.action).all() and np.isfinite(self.std).all()) and math.isfinite(self.value or 0.0)
+        return all(map(math.isfinite, (*self.action.tolist(), *self.std.tolist(), self.value or 0.0)))
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Policy:
     inference_ms: float = 0.0
     """One greedy action on this machine, after warming up."""
 
-    @property
+    @functools.cached_property
     def version(self) -> str:
         return self.sha256[:VERSION_DIGITS]
 
@@ -88,7 +89,7 @@ class Policy:
             remedy = f"{whose} has another contract than you mean; compare yours with what GetPolicy returns of it"
             raise Rejected("contract_digest", self.spec.digest, shown(digest), remedy, Status.FAILED_PRECONDITION)
 
-    @property
+    @functools.cached_property
     def has_value(self) -> bool:
         return any(output.name == VALUE_OUTPUT for output in self.session.get_outputs())
 

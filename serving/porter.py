@@ -4,10 +4,8 @@ import functools
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -60,9 +58,12 @@ class Porter(grpc.ServerInterceptor):
     ) -> None:
         self._dispatcher, self._gate, self._answering = dispatcher, gate, answering
         self._checks, self._streams = checks, streams
-        self._awaited: Counter[str] = Counter()
+        self._awaited: dict[str, int] = {}
+        """Calls of each client whose message has not come."""
         self._due: dict[grpc.ServicerContext, float] = {}
         """Until when (time.monotonic) the message of a call must have come."""
+        self._handlers: dict[str, Any] = {}
+        """Of each method that there is, made when it is called first."""
         self._lock, self._closed = threading.Lock(), threading.Event()
 
     def start(self) -> None:
@@ -72,47 +73,50 @@ class Porter(grpc.ServerInterceptor):
         self._closed.set()
 
     def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
-        handler = continuation(details)
+        handler, path = continuation(details), details.method
         if handler is None:
             return handler
-        method, ours = details.method.rpartition("/")[2], details.method.startswith(OURS)
-        pool = self._checks if handler.unary_unary is not None else self._streams
-        if not ours and pool.full:
+        pool = None if path.startswith(OURS) else self._streams if handler.unary_unary is None else self._checks
+        if pool is not None and pool.full:
             # On a robots' thread, for a moment: in a pool's line, it would count among the calls at once.
-            return closed(handler, functools.partial(self._answering.refuse, method, NO_THREAD))
-        if handler.unary_unary is not None:
-            handler = self._waiting(handler, details)
-        elif handler.response_streaming:
-            handler = self._patient(handler, method)
-        return handler if ours else _on(pool, handler)
+            return closed(handler, functools.partial(self._answering.refuse, _name(path), NO_THREAD))
+        if path not in self._handlers:
+            self._handlers[path] = self._guarded(handler, path, pool)
+        return self._handlers[path]
 
-    def _waiting(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
-        method, behave = details.method.rpartition("/")[2], handler.unary_unary
-        ours = details.method.startswith(OURS)
+    def _guarded(self, handler: Any, path: str, pool: "Threads | None") -> Any:
+        if handler.unary_unary is not None:
+            handler = self._waiting(handler, path)
+        elif handler.response_streaming:
+            handler = self._patient(handler, path)
+        return handler if pool is None else _on(pool, handler)
+
+    def _waiting(self, handler: Any, path: str) -> Any:
+        method, behave = _name(path), handler.unary_unary
+        ours = path.startswith(OURS)
         within_s = MESSAGE_S if ours else QUESTION_S
-        repeats = any(key == RETRY for key, _ in details.invocation_metadata or ())
 
         def enter(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
             try:
-                client = context.peer()
+                client, metadata = context.peer(), context.invocation_metadata() or ()
                 if ours:
-                    client = self._gate.require(details.method, details.invocation_metadata) or client
+                    client = self._gate.require(path, metadata) or client
                 if self._answering.draining:
                     pass  # who drains says so
-                elif details.method in ACTING:
-                    self._dispatcher.admit(client, repeats=repeats)
-                elif details.method in ASKING:
+                elif path in ACTING:
+                    self._dispatcher.admit(client, repeats=any(key == RETRY for key, _ in metadata))
+                elif path in ASKING:
                     self._dispatcher.admit_question(client)
-                self._begin_to_wait(client)
+                self._begin_to_wait(client, context, within_s)
             except Rejected as rejected:
                 self._answering.refuse(method, rejected, context)
             except Exception:
                 self._answering.fail(method, context)
-            return behave(self._only_message(requests, context, client, within_s), context)
+            return behave(self._only_message(requests, context, client), context)
 
         return grpc.stream_unary_rpc_method_handler(enter, handler.request_deserializer, handler.response_serializer)
 
-    def _patient(self, handler: Any, method: str) -> Any:
+    def _patient(self, handler: Any, path: str) -> Any:
         """A method with a stream of replies, whose caller does not keep a thread waiting for what he asks.
 
         Of one connection AWAITED may wait for a message: a watch for its first, a stream of reflection while it lasts.
@@ -120,50 +124,36 @@ class Porter(grpc.ServerInterceptor):
         behave = handler.stream_stream or handler.unary_stream
 
         def messages(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-            with self._awaiting(context, QUESTION_S):
-                first = next(requests, None)
+            first = next(requests, None)
             if first is not None:
-                with self._awaiting(context, STREAM_S):  # also while an answer is sent, to who may not take it
-                    yield first
-                    yield from requests
+                self._wait_on(context, STREAM_S)  # also while an answer is sent, to who may not take it
+                yield first
+                yield from requests
 
         def enter(requests: Iterator[Any], context: grpc.ServicerContext, *send: Any) -> Any:
             peer = context.peer()
             try:
-                self._begin_to_wait(peer)
+                self._begin_to_wait(peer, context, QUESTION_S)
             except Rejected as rejected:
-                self._answering.refuse(method, rejected, context)
+                self._answering.refuse(_name(path), rejected, context)
             if handler.unary_stream is None:
-                if not context.add_callback(lambda: self._end_wait(peer)):
-                    self._end_wait(peer)
+                if not context.add_callback(lambda: self._end_wait(peer, context)):
+                    self._end_wait(peer, context)
                 return behave(messages(requests, context), context, *send)
-            return behave(self._only_message(requests, context, peer, QUESTION_S), context, *send)
+            return behave(self._only_message(requests, context, peer), context, *send)
 
         enter.__dict__.update(getattr(behave, "__dict__", {}))  # whether it answers by callback
         return grpc.stream_stream_rpc_method_handler(enter, handler.request_deserializer, handler.response_serializer)
 
-    def _only_message(
-        self, requests: Iterator[Any], context: grpc.ServicerContext, client: str, within_s: float
-    ) -> Any:
+    def _only_message(self, requests: Iterator[Any], context: grpc.ServicerContext, client: str) -> Any:
         """Of a call of `client` that has begun to wait."""
         try:
-            with self._awaiting(context, within_s):
-                request = next(requests, None)
+            request = next(requests, None)
         finally:
-            self._end_wait(client)
+            self._end_wait(client, context)
         if request is None:  # or who called is gone: gRPC does not say which, so it is not counted
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
         return request
-
-    @contextmanager
-    def _awaiting(self, context: grpc.ServicerContext, within_s: float) -> Iterator[None]:
-        with self._lock:
-            self._due[context] = time.monotonic() + within_s
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._due[context]
 
     def _cancel_the_late(self) -> None:
         while not self._closed.wait(QUESTION_S / 4):
@@ -174,16 +164,24 @@ class Porter(grpc.ServerInterceptor):
             if late:
                 log.info("%d calls were cancelled: their messages did not come", len(late))
 
-    def _begin_to_wait(self, client: str) -> None:
+    def _begin_to_wait(self, client: str, context: grpc.ServicerContext, within_s: float) -> None:
         with self._lock:
-            if self._awaited[client] >= AWAITED:
+            waiting = self._awaited.get(client, 0)
+            if waiting >= AWAITED:
                 expected = f"at most {AWAITED} calls of one client whose message has not come"
                 remedy = "send each call's message before the next call"
                 raise Rejected("server", expected, f"{AWAITED + 1}", remedy, Status.RESOURCE_EXHAUSTED)
-            self._awaited[client] += 1
+            self._awaited[client] = waiting + 1
+            self._due[context] = time.monotonic() + within_s
 
-    def _end_wait(self, client: str) -> None:
+    def _wait_on(self, context: grpc.ServicerContext, within_s: float) -> None:
         with self._lock:
+            if context in self._due:  # else the call is over
+                self._due[context] = time.monotonic() + within_s
+
+    def _end_wait(self, client: str, context: grpc.ServicerContext) -> None:
+        with self._lock:
+            del self._due[context]
             self._awaited[client] -= 1
             if not self._awaited[client]:
                 del self._awaited[client]
@@ -211,6 +209,11 @@ class Threads(ThreadPoolExecutor):
     def _leave(self) -> None:
         with self._taking:
             self._taken -= 1
+
+
+def _name(path: str) -> str:
+    """Of the method at "/package.Service/Method"."""
+    return path.rpartition("/")[2]
 
 
 def _on(pool: Threads, handler: Any) -> Any:

@@ -27,6 +27,7 @@ from serving.sessions import Episode, Sessions
 from serving.stats import stats_of
 
 MAX_BATCH_ITEMS = 256
+MODES = frozenset(pb.Mode.values())
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
 
 
 def _require_mode(mode: int) -> None:
-    if mode not in pb.Mode.values():
+    if mode not in MODES:
         raise Rejected("mode", ", ".join(pb.Mode.keys()), str(mode))
 
 

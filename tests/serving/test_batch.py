@@ -1,5 +1,7 @@
 """GetActionBatch: many observations, each with its own status, and the same answers as one by one."""
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from protos.errors import Rejected, Status
 from protos.spaces import ACTION
 from tests.makers import tiny_policy_file
 from tests.serving.requests import acting, refusal
+from tests.serving.test_dispatcher import until
 
 
 def test_a_batch_is_its_items_one_by_one(running):
@@ -73,11 +76,25 @@ def test_others_get_their_turn_within_a_batch(serve, healthy, monkeypatch):
 def test_the_dispatcher_is_told_when_an_answer_is_out_and_waits_for_no_part_of_a_batch(serve, healthy):
     running = serve(policy=(str(healthy),))
     running.stub.GetAction(acting(1))
-    (alone,) = running.server.dispatcher._answered
-    assert alone.replied.wait(5)
+    ((_, replied),) = running.server.dispatcher._answered
+    assert replied.wait(5)
     running.stub.GetActionBatch(pb.GetActionBatchRequest(requests=[acting(i) for i in range(3)]))
-    (batch,) = running.server.dispatcher._answered
-    assert batch.replied is None
+    ((_, replied),) = running.server.dispatcher._answered
+    assert replied is None
+
+
+def test_nothing_of_a_call_is_kept_once_it_is_over(serve, healthy, monkeypatch):
+    """Neither its message nor gRPC's part of it: the next call would have to wait while it is freed."""
+    running = serve(policy=(str(healthy),))
+    contexts, made = [], running.server.answering._call
+
+    def noticed(context):
+        contexts.append(weakref.ref(context))
+        return made(context)
+
+    monkeypatch.setattr(running.server.answering, "_call", noticed)
+    running.stub.GetAction(acting(1))
+    until(lambda: contexts[0]() is None)
 
 
 def test_a_batch_counts_whole_in_however_small_parts(serve, healthy, monkeypatch):

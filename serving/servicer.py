@@ -194,7 +194,8 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         phases.seconds["inference"] = turn.inference_s
         response = self._respond(task, turn.proposals[0], call)
         said = {"request_id": call.request_id, "client": call.client}
-        self._record(pb.FlightAction, task.policy, **said, request=request, response=response)
+        frame = task.observation.depth.nbytes  # all else of a request that was found good is short
+        self._record(pb.FlightAction, task.policy, told=frame, **said, request=request, response=response)
         return response
 
     def _understand(
@@ -284,10 +285,12 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             self._envelopes[digest] = Envelope(policy.spec, self._limits)
         return self._envelopes[digest]
 
-    def _record(self, kind: type[Message], policy: Policy | None = None, **fields: Message | str) -> None:
+    def _record(
+        self, kind: type[Message], policy: Policy | None = None, *, told: int | None = None, **fields: Message | str
+    ) -> None:
         recorder = self._recorder()
         if recorder is not None:
-            recorder.put(kind, policy, **fields)
+            recorder.put(kind, policy, told=told, **fields)
 
     def _stale(self, age_s: float) -> Rejected:
         expected = f"a frame younger than {self._valid_for_s * 1e3:g} ms when it is acted on"

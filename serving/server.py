@@ -35,6 +35,7 @@ from serving.library import Library
 from serving.listening import bind, require_address, transport
 from serving.metrics import Metrics
 from serving.parsing import Parser
+from serving.pipeline import Pipeline
 from serving.porter import Porter, Threads
 from serving.recorder import Recorder, require_folder
 from serving.registry import Registry
@@ -106,15 +107,17 @@ class Server:
     def _register(self) -> None:
         """What answers which call."""
         config = self.config
-        servicer = PolicyServicer(
+        pipeline = Pipeline(
             self.registry,
-            self.answering,
             self.dispatcher,
-            self.sessions,
             FrameWatch(config.frame_rules),
+            self.metrics,
             limits=config.bounds,
             valid_for_s=config.valid_for_ms / 1e3,
             recorder=lambda: self.recorder,
+        )
+        servicer = PolicyServicer(
+            self.registry, self.answering, self.dispatcher, self.sessions, pipeline, recorder=lambda: self.recorder
         )
         pb_grpc.add_PolicyServiceServicer_to_server(servicer, self._grpc)
         admin = PolicyAdminServicer(self.library, self.answering, self.stopping.set)

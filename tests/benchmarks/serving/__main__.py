@@ -22,6 +22,7 @@ MEASURES: dict[str, Callable[[Path, Path], list[Row]]] = {
     "overload": pressure.overload,
     "order": endurance.order,
     "reloads": endurance.reloads,
+    "loads": pressure.loads,
     "batching": pressure.batching,
     "drains": endurance.drains,
     "isolation": pressure.isolation,

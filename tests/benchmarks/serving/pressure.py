@@ -1,12 +1,15 @@
 """Overload, unfair neighbours, health at saturation, batching."""
 
 import math
+import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
+from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from serving.bench import Bench, Client
 from serving.connection import Connection
@@ -111,30 +115,33 @@ FLOOD = Neighbour(("--clients", "1", "--rate", "200", "--outstanding", "8"))
 BUSY = Neighbour(("--clients", "1", "--rate", "0"))
 """Has always a call under way."""
 TURNS, TURN_S, BEGIN_S = 8, 6.0, 2.5
+LOADS = 3
+"""In one turn."""
 AFTER_S = 1.0
 """What a kill can disturb. Later, whoever was killed would no longer be in the way, either."""
 
 
+def seen(client: Client, seconds: float) -> list[float]:
+    """Milliseconds of the client's answers from now on."""
+    before = len(client.tally.latency_ms["OK"])
+    time.sleep(seconds)
+    return client.tally.latency_ms["OK"][before:]
+
+
 def spend(client: Client, address: str, neighbour: Neighbour | None) -> list[float]:
     """What the client sees in one turn, beside that neighbour."""
-
-    def seen(seconds: float) -> list[float]:
-        before = len(client.tally.latency_ms["OK"])
-        time.sleep(seconds)
-        return client.tally.latency_ms["OK"][before:]
-
     if neighbour is None:
-        return seen(TURN_S)
+        return seen(client, TURN_S)
     # On the core that callers share, the client that is measured comes first, at once: the lowest priority of the usual
     # policy would let the other finish its slice.
     command = ["chrt", "--idle", "0", sys.executable, "-m", "serving.bench", "--server", address, *neighbour.flags]
     command += ["--seconds", "600"]
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL) as process:
         time.sleep(BEGIN_S)
-        found = seen(TURN_S / 2)
+        found = seen(client, TURN_S / 2)
         if neighbour.killed:
             process.kill()
-        found += seen(AFTER_S if neighbour.killed else TURN_S / 2)
+        found += seen(client, AFTER_S if neighbour.killed else TURN_S / 2)
         process.kill()
     return found
 
@@ -143,18 +150,28 @@ def beside(
     robot: str, address: str, calm: Neighbour | None, disturbed: Neighbour
 ) -> tuple[list[float], list[float], dict[str, int]]:
     """A robot at 20 Hz with the one and the other in turns, as the machine drifts: its milliseconds, and refusals."""
-    seconds = TURNS * 2 * (TURN_S + BEGIN_S + 1) + 4
-    client = Client(Bench(clients=1, rate=20, seconds=seconds, connection=Connection(robot)), seed=0)
+    quiet, loud = [], []
+    with controller(robot, TURNS * 2 * (TURN_S + BEGIN_S + 1)) as client:
+        for _ in range(TURNS):
+            quiet += spend(client, address, calm)
+            loud += spend(client, address, disturbed)
+    return quiet, loud, refusals(client)
+
+
+@contextmanager
+def controller(address: str, seconds: float) -> Iterator[Client]:
+    """A robot that asks at 20 Hz for so long, and has begun."""
+    client = Client(Bench(clients=1, rate=20, seconds=seconds + 4, connection=Connection(address)), seed=0)
     acting = threading.Thread(target=client.run, args=(time.perf_counter(),))
     acting.start()
     time.sleep(2)
-    quiet, loud = [], []
-    for _ in range(TURNS):
-        quiet += spend(client, address, calm)
-        loud += spend(client, address, disturbed)
+    yield client
     acting.join()
     client.close()
-    return quiet, loud, {code: n for code, n in client.tally.counts.items() if code != "OK"}
+
+
+def refusals(client: Client) -> dict[str, int]:
+    return {code: n for code, n in client.tally.counts.items() if code != "OK"}
 
 
 def isolation(policy: Path, scratch: Path) -> list[Row]:
@@ -179,6 +196,35 @@ def isolation(policy: Path, scratch: Path) -> list[Row]:
                 )
             )
     return rows
+
+
+def loads(policy: Path, scratch: Path) -> list[Row]:
+    """Requirement 6, as a robot sees it: beside its calls, policies are read, prove themselves and warm up."""
+    quiet, loud, count = [], [], 0
+    folder = scratch / "policies"
+    folder.mkdir()
+    (folder / "0.onnx").symlink_to(policy)
+    with served(policy, "--policies", str(folder)) as running:
+        with controller(running.address, TURNS * 2 * TURN_S) as client:
+            for _ in range(TURNS):
+                quiet += seen(client, TURN_S)
+                for _ in range(LOADS):
+                    count += 1
+                    (folder / f"{count - 1}.onnx").rename(folder / f"{count}.onnx")
+                    running.process.send_signal(signal.SIGHUP)
+                    loud += seen(client, TURN_S / LOADS)
+        with connect(running.address) as channel:
+            live = pb_grpc.PolicyServiceStub(channel).ListPolicies(pb.ListPoliciesRequest()).policies
+    assert str(count) in {one.name for one in live}, live
+    (p50, p99), (p50_then, p99_then) = np.percentile(quiet, (50, 99)), np.percentile(loud, (50, 99))
+    return [
+        Row(
+            f"a 20 Hz client, alone, then while a policy is loaded every {TURN_S / LOADS:g} s: no refusal",
+            f"p99 {p99:.1f} to {p99_then:.1f} ms, p50 {p50:.1f} to {p50_then:.1f}, most {max(quiet):.1f} to "
+            f"{max(loud):.1f}; {count} loads, {len(quiet)} and {len(loud)} calls, others {refusals(client) or 'none'}",
+            not refusals(client),
+        )
+    ]
 
 
 def batching(policy: Path, scratch: Path) -> list[Row]:

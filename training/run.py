@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from protos.errors import Rejected
@@ -26,12 +25,10 @@ from training.evaluations import BEST, FOLDER, EvaluationError, Evaluations, Res
 from training.export import ExportError, Provenance, code_version, export
 from training.loop import CHECKPOINT, Run, saved
 from training.memory import keep_freed_memory
-from training.names import POLICY, TENSORBOARD
-from training.networks.stem import deepest_m
+from training.names import POLICY
+from training.progress import curves, describe, log_success, progress_bar, show, warn_if_behind
 
 LOG_EVERY, PROBE_EVERY = 20, 200
-BEHIND = 2
-"""More evaluations than this without a result: the processor does not keep up with --eval-every."""
 SAME_SIGNAL_S = 0.5
 """Within this time, signals to several processes of a job are one."""
 
@@ -72,7 +69,7 @@ def train(config: RunConfig) -> Path:
             evaluations.resume()
     if run.processes.leads:
         _record(config)  # only now is the directory taken: a mistyped flag must not take it
-        _describe(run)
+        describe(run)
     try:
         with _interrupt_noted() as stop:
             try:
@@ -162,7 +159,7 @@ def _interrupt_noted() -> Iterator[threading.Event]:
 def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> None:
     saved, leads, behind = run.seconds, run.processes.leads, False
     probe = Probe(run.dataset, run.config.seed)
-    with _log(run) as log, _bar(disable=not leads) as bar:
+    with curves(run) as log, progress_bar(disable=not leads) as bar:
         while run.progress < 1 and not _ended(run, evaluations, stop):
             scalars = run.step()
             done = run.progress >= 1
@@ -171,13 +168,13 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
                     scalars |= probe.look(run.learner.agent)
                 for name, value in scalars.items():
                     log.add_scalar(name, value, run.updates)
-                _show(bar, run, scalars)
+                show(bar, run, scalars)
             bar.update(round(100 * run.progress, 1) - bar.n)
             if evaluations and run.has_policy and (run.updates % (run.config.eval_every or 1) == 0 or done):
                 evaluations.take()
-                behind = _warn_if_behind(evaluations, run, warned=behind)
+                behind = warn_if_behind(evaluations, run, warned=behind)
             if evaluations and run.updates % LOG_EVERY == 0:
-                _log_success(evaluations, evaluations.poll(), log)
+                log_success(evaluations, evaluations.poll(), log)
             if leads and run.seconds - saved >= run.config.checkpoint_s:
                 run.save()
                 saved = run.seconds
@@ -191,78 +188,13 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
         run.processes.meet()
         if evaluations and not stop.is_set():
             bar.set_postfix_str(f"evaluations left: {evaluations.unfinished}; after Ctrl-C, --resume goes on with them")
-            _log_success(evaluations, evaluations.wait(stop), log)
-
-
-def _warn_if_behind(evaluations: Evaluations, run: Run, *, warned: bool) -> bool:
-    """Once: all are played in the end, and a run would last longer than its budget without having said so."""
-    behind = evaluations.unfinished > BEHIND
-    if behind and not warned:
-        pace = f"with --eval-every {run.config.eval_every} they come faster than they are played"
-        tqdm.write(f"{evaluations.unfinished} evaluations are not done yet: {pace}, and the run ends when all are done")
-    return warned or behind
+            log_success(evaluations, evaluations.wait(stop), log)
 
 
 def _ended(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> bool:
     """Whether to stop before the budget is used: Ctrl-C, or evaluations that do not get better."""
     early = stop.is_set() or (evaluations is not None and run.updates % LOG_EVERY == 0 and evaluations.exhausted)
     return bool(run.processes.from_leader(float(early), run.device))
-
-
-def _show(bar: "tqdm[Any]", run: Run, scalars: Mapping[str, float]) -> None:
-    losses = ", ".join(f"{n.removeprefix('losses/')} {v:.3f}" for n, v in scalars.items() if "losses/" in n)
-    bar.set_postfix_str(f"update {run.updates}, {scalars['time/update_ms']:.0f} ms, {losses}", refresh=False)
-
-
-def _log_success(evaluations: Evaluations, results: list[Result], log: SummaryWriter) -> None:
-    for result in results:
-        low, high = result.interval
-        for name, value in (("rate", result.success_rate), ("wilson_low", low), ("wilson_high", high)):
-            log.add_scalar(f"success/{name}", value, result.update)
-        tqdm.write(f"update {result.update}: {result.successes} of {result.episodes} episodes succeeded")
-    if results:  # they are told once: a kill must not take them out of the curve
-        log.flush()
-        evaluations.settle()
-
-
-def _log(run: Run) -> SummaryWriter:
-    """The leader's curves; the other processes write theirs nowhere."""
-    if run.processes.leads:
-        return SummaryWriter(str(run.config.output / TENSORBOARD), purge_step=run.updates + 1)
-    return contextlib.nullcontext()  # type: ignore[return-value]
-
-
-def _bar(*, disable: bool) -> "tqdm[Any]":
-    shape = "training {l_bar}{bar}| {elapsed}<{remaining} {postfix}"
-    return tqdm(total=100, unit="%", bar_format=shape, mininterval=0.5, disable=disable)
-
-
-def _describe(run: Run) -> None:
-    data, config = run.dataset, run.config
-    counts = {
-        name: sum(p.numel() for p in network.parameters()) for name, network in run.learner.agent.named_children()
-    }
-    print(
-        f"{data.dataset_id}: {data.episodes} episodes, {len(data)} transitions"
-        f"{' (successful ones only)' if config.successful_only else ''}; {config.algo}, equivariance "
-        f"{config.equivariance}, {config.network.group}; free parameters "
-        + ", ".join(f"{name} {count:,}" for name, count in counts.items())
-        + f"; {run.device.type}"
-        + (f", {run.processes.count} processes" if run.processes.count > 1 else "")
-    )
-    if config.algo != "bc" and not data.reward.any():
-        print(
-            f"no transition has a reward: all values will be 0, and {config.algo} learns nothing from them. Record "
-            "episodes that succeed among others, or imitate these by --algo bc --failures keep",
-            file=sys.stderr,
-        )
-    floor_m = deepest_m(data.spec.observation)
-    if blind := int((data.depth.flatten(1).amin(dim=1) >= floor_m).sum()):
-        print(
-            f"in {blind} of {len(data.depth)} frames all is {floor_m:g} m or more below the camera plane, beyond which "
-            "networks see no difference: record from nearer, or check the scale of depth",
-            file=sys.stderr,
-        )
 
 
 def _record(config: RunConfig) -> None:

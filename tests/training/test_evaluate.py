@@ -27,7 +27,8 @@ from training.evaluate import Evaluate, evaluate, main
 from training.evaluations import EvaluationError, Evaluations, Result, best
 from training.export import Graph, Provenance
 from training.loop import Run
-from training.run import BEHIND, _record, train
+from training.progress import BEHIND
+from training.run import _record, train
 
 TINY = ("--network.fields", "2", "2", "2", "2", "2", "--network.hidden", "2", "--network.pool", "2")
 

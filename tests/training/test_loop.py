@@ -25,7 +25,8 @@ from training.data.dataset import load
 from training.diagnostics import Probe
 from training.distributed import Processes, _device
 from training.loop import Run, saved
-from training.run import _describe, main, train
+from training.progress import describe
+from training.run import main, train
 
 
 def test_a_diverging_run_names_losses_batch_and_cause_and_keeps_its_checkpoint(
@@ -210,7 +211,7 @@ def test_frames_in_which_networks_see_nothing_are_told_of(tmp_path: Path, capsys
     def far(index: int, episode: dict[str, Any]) -> None:
         episode["depth"] = [np.maximum(frame, 0.45) if index == 0 else frame for frame in episode["depth"]]
 
-    _describe(Run(parse(arguments(write_dataset(tmp_path / "data", edit=far), tmp_path / "run", "--updates", "1"))))
+    describe(Run(parse(arguments(write_dataset(tmp_path / "data", edit=far), tmp_path / "run", "--updates", "1"))))
     assert "in 5 of 60 frames all is 0.4 m or more below the camera plane" in capsys.readouterr().err
 
 
@@ -218,7 +219,7 @@ def test_values_without_any_reward_are_warned_of(tmp_path: Path, capsys: pytest.
     data = write_dataset(tmp_path / "data", reward=lambda episode: 0.0)
     for algo, warned in (("iql", True), ("cql", True), ("bc", False)):
         flags = ("--updates", "1", "--algo", algo, "--failures", "keep")
-        _describe(Run(parse(arguments(data, tmp_path / "run", *flags))))
+        describe(Run(parse(arguments(data, tmp_path / "run", *flags))))
         assert ("no transition has a reward" in capsys.readouterr().err) is warned
 
 

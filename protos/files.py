@@ -104,6 +104,27 @@ def whole(path: Path) -> Iterator[Path]:
             _sync(folder)
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder for oneself, among processes that ask by this; who is killed lets go of it.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: there is no such folder.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # where nothing can be locked, nobody can be told from another
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def require_absent(path: Path) -> None:
     """Raises FileExistsError, saying what to do, where `path` is."""
     if path.exists():

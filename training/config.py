@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -108,12 +109,12 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
-        if self.seed < 0:
-            raise ValueError(f"--seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"--seed must not be negative, and below 2^64, got {self.seed}")
         if not 0.0 <= self.discount < 1.0:
             raise ValueError(f"--discount must lie in [0, 1), got {self.discount}; the paper uses 0.99")
         if self.patience and not self.eval_every:
-            raise ValueError("--patience counts evaluations: give --eval-every too")
+            raise ValueError("--patience counts evaluations: give --eval-every too, or --patience None")
 
     @property
     def successful_only(self) -> bool:
@@ -151,7 +152,20 @@ def parse(argv: list[str]) -> RunConfig:
     for name in ALGORITHMS:
         if name != config.algo and (flags := _changed(f"{name}.", getattr(given, name), getattr(config, name))):
             raise ValueError(f"{flags[0][0]} means nothing to --algo {config.algo}: add --algo {name}, or leave it out")
+    _require_effect(given, config)
     return config
+
+
+def _require_effect(given: RunConfig, config: RunConfig) -> None:
+    """Who changes what nothing reads believes that it is in force."""
+    for flag, old, new, read, by in (
+        ("--shift-m", given.shift_m, config.shift_m, config.augmentation == "se2", "--augmentation se2"),
+        ("--eval-episodes", given.eval_episodes, config.eval_episodes, config.eval_every, "--eval-every"),
+        ("--keep", given.keep, config.keep, config.eval_every, "--eval-every"),
+        ("--cql.gap-rate", given.cql.gap_rate, config.cql.gap_rate, config.cql.gap, "--cql.gap"),
+    ):
+        if old != new and not read:
+            raise ValueError(f"{flag} means nothing without {by}: add that, or leave it out")
 
 
 def _preset(name: str) -> RunConfig:
@@ -161,6 +175,8 @@ def _preset(name: str) -> RunConfig:
         raise Rejected("--preset", f"{known}, or the path of a .yaml file", name, "copy one of training/presets")
     try:
         values = yaml.safe_load(path.read_text())
+        if not isinstance(values, dict):
+            raise TypeError(f"{path} holds no settings by name")
         return RunConfig(**_typed({"dataset": tyro.MISSING, "output": tyro.MISSING, "preset": name} | values))
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise Rejected(f"--preset {name}", "settings of training.run", str(error), "see --help") from error
@@ -208,9 +224,17 @@ def _checked(made: type, values: dict[str, Any]) -> dict[str, Any]:
             if value is not tyro.MISSING:
                 check_type(value, kinds[name])
         except TypeCheckError as error:
-            hint = "; YAML takes 1e-4 for text, write 1.0e-4" if isinstance(value, str) else ""
+            hint = "; YAML takes 1e-4 for text, write 1.0e-4" if _is_number(value) else ""
             raise TypeError(f"{name} = {value!r}: {error}{hint}") from error
     return values
+
+
+def _is_number(value: Any) -> bool:
+    """A text that means one."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _require_same(recorded: RunConfig, given: RunConfig) -> None:

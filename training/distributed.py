@@ -95,7 +95,7 @@ def _device(name: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise Rejected(
-            "device", "a CUDA device that torch can use", "none", "leave out --device, or install a CUDA torch"
+            "--device", "a CUDA device that torch can use", "none", "add --device cpu, or install a CUDA torch"
         )
     if local_rank >= (there := torch.cuda.device_count()):
         wanted = f"{local_rank + 1} or more processes"

@@ -53,10 +53,11 @@ def evaluate(config: Evaluate) -> Result:
     state = saved(config.snapshot, expected, remedy, torch.device("cpu"))
     try:
         spec = PolicySpec.from_json(state["spec"])
-        agent = make_agent(recorded(config.snapshot.parent.parent), spec)
+        agent = make_agent(recorded(config.snapshot.resolve().parent.parent), spec)
         agent.load_state_dict(state["agent"])
-    except (RuntimeError, KeyError) as error:
-        raise Rejected(str(config.snapshot), expected, repr(error)[:200], remedy) from error
+    except (Rejected, RuntimeError, KeyError) as error:
+        got = str(error) if isinstance(error, Rejected) else repr(error)[:200]
+        raise Rejected(str(config.snapshot), expected, got, remedy) from error
     graph = Graph(agent, spec).eval()
 
     @torch.no_grad()

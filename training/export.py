@@ -186,8 +186,8 @@ def _random_observations(spec: PolicySpec, rng: np.random.Generator) -> State:
 
 def _real_observations(dataset: Dataset, rng: np.random.Generator) -> State:
     index = rng.permutation(len(dataset))[:REAL_OBSERVATIONS]
-    frames = dataset.now.cpu()[torch.from_numpy(index)]
-    return State(dataset.depth.cpu()[frames], dataset.gripper.cpu()[frames])
+    frames = dataset.now[torch.from_numpy(index).to(dataset.now.device)]
+    return State(dataset.depth[frames].cpu(), dataset.gripper[frames].cpu())  # not all: they may fill a GPU
 
 
 def _require_parity(agent: Agent, session: onnxruntime.InferenceSession, state: State, kind: str) -> None:

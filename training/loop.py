@@ -23,7 +23,7 @@ from training.agents.iql import IQL
 from training.batch import Batch
 from training.config import RunConfig
 from training.data.augment import randomly
-from training.data.dataset import load
+from training.data.dataset import Dataset, load
 from training.distributed import join, to_resume
 from training.extraction import VIEWS, Extraction, weigh
 from training.networks.family import EQUIVARIANCE
@@ -58,28 +58,37 @@ class Run:
         self._batch_size = self.processes.share(config.batch_size)
         torch.manual_seed(config.seed)
         self._generator = torch.Generator()
-        self.dataset = load(
-            config.dataset,
-            successful_only=config.successful_only,
-            discount=config.discount,
-            n_step=config.n_step,
-            device=self.device,
-        )
+        self.dataset = self._data()
+        bf16 = _bf16(config.precision, self.device)
         # The data's rewards are sums over n steps already.
         largest_return = float(self.dataset.reward.abs().max()) / (1 - config.discount**config.n_step)
         self.learner = Learner(
             make_agent(config, self.dataset.spec).to(self.device),
             config.learning_rate,
-            bf16=_bf16(config.precision, self.device),
+            bf16=bf16,
             value_bound=EXPLODED * max(1.0, largest_return),
             processes=self.processes,
         )
         self.updates, self.seconds = 0, 0.0
         self.learned_by = self.processes.count
+        self.bf16, self.began_in_bf16 = bf16, bf16
+        """In what precision it learns here, and in what it has learned so far."""
         self.code_version = ""
         """Of the code that began it, as `train` says; an export may be years later."""
         self.extraction: Extraction | None = None
         """Once values rest: see `training.agents.agent.Agent.values_first`."""
+
+    def _data(self) -> Dataset:
+        c = self.config
+        try:
+            return load(
+                c.dataset, successful_only=c.successful_only, discount=c.discount, n_step=c.n_step, device=self.device
+            )
+        except Rejected as error:
+            if not c.resume:
+                raise
+            remedy = f"{error.remedy}; if they lie elsewhere now, say --dataset PLACE"
+            raise Rejected(error.field, error.expected, error.got, remedy) from error
 
     @property
     def progress(self) -> float:
@@ -208,7 +217,8 @@ class Run:
             )
         extraction = self.extraction and vars(self.extraction)
         state = {"learner": self.learner.state_dict(), "dataset_sha256": self.dataset.sha256, "extraction": extraction}
-        self.write(CHECKPOINT, state | {"processes": self.learned_by, "code_version": self.code_version})
+        about = {"processes": self.learned_by, "code_version": self.code_version, "bf16": self.bf16}
+        self.write(CHECKPOINT, state | about)
         self._forget_a_divergence()
 
     def _forget_a_divergence(self) -> None:
@@ -245,6 +255,7 @@ class Run:
         state = self._checkpoint()
         self.updates, self.seconds = state["updates"], state["seconds"]
         self.code_version = state.get("code_version", self.code_version)  # older checkpoints have none, nor the next
+        self.began_in_bf16 = state.get("bf16", self.bf16)
         count = self.learned_by = state.get("processes", self.processes.count)
         if count != self.processes.count and self.progress < 1:  # else there is only the export left, which is one's
             remedy = f"resume with torchrun --nproc-per-node {count}" if count > 1 else "resume without torchrun"

@@ -18,6 +18,7 @@ BEHIND = 2
 
 
 def describe(run: Run) -> None:
+    """Print what is about to be learned from what, and on stderr what may be other than was thought."""
     data, config = run.dataset, run.config
     counts = {
         name: sum(p.numel() for p in network.parameters()) for name, network in run.learner.agent.named_children()
@@ -27,9 +28,16 @@ def describe(run: Run) -> None:
         f"{' (successful ones only)' if config.successful_only else ''}; {config.algo}, equivariance "
         f"{config.equivariance}, {config.network.group}; free parameters "
         + ", ".join(f"{name} {count:,}" for name, count in counts.items())
-        + f"; {run.device.type}"
+        + f"; {run.device.type}, {_precision(run.bf16)}"
         + (f", {run.processes.count} processes" if run.processes.count > 1 else "")
     )
+    if run.bf16 != run.began_in_bf16:
+        print(
+            f"it learned in {_precision(run.began_in_bf16)} so far: what follows is not what it would have been there",
+            file=sys.stderr,
+        )
+    if config.schedule == "cosine" and not (config.minutes or config.updates):
+        print("without a budget there is nothing for --schedule cosine to fall over: the rate stays", file=sys.stderr)
     if config.algo != "bc" and not data.reward.any():
         print(
             f"no transition has a reward: all values will be 0, and {config.algo} learns nothing from them. Record "
@@ -45,12 +53,18 @@ def describe(run: Run) -> None:
         )
 
 
+def _precision(bf16: bool) -> str:
+    return "bf16" if bf16 else "fp32"
+
+
 def progress_bar(*, disable: bool) -> "tqdm[Any]":
+    """Of the budget, in percent."""
     shape = "training {l_bar}{bar}| {elapsed}<{remaining} {postfix}"
     return tqdm(total=100, unit="%", bar_format=shape, mininterval=0.5, disable=disable)
 
 
 def show(bar: "tqdm[Any]", run: Run, scalars: Mapping[str, float]) -> None:
+    """Beside the bar: the last update's losses."""
     losses = ", ".join(f"{n.removeprefix('losses/')} {v:.3f}" for n, v in scalars.items() if "losses/" in n)
     bar.set_postfix_str(f"update {run.updates}, {scalars['time/update_ms']:.0f} ms, {losses}", refresh=False)
 
@@ -63,6 +77,7 @@ def curves(run: Run) -> SummaryWriter:
 
 
 def log_success(evaluations: Evaluations, results: list[Result], log: SummaryWriter) -> None:
+    """Print and plot these results, and let go of their snapshots once that is on the disk."""
     for result in results:
         low, high = result.interval
         for name, value in (("rate", result.success_rate), ("wilson_low", low), ("wilson_high", high)):

@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 import onnx
 import tyro
+from google.protobuf.message import DecodeError
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -88,8 +89,7 @@ class Run:
         policy = path / POLICY
         manifest, served = None, []
         if policy.exists():
-            properties = onnx.load(policy, load_external_data=False).metadata_props
-            manifest = Manifest.from_metadata({p.key: p.value for p in properties})
+            manifest = _manifest(policy)
             served = _served(path, hashlib.sha256(policy.read_bytes()).hexdigest())
         return cls(path.name, config, curves, manifest, served)
 
@@ -127,6 +127,16 @@ class Run:
             f" at update {self.manifest.updates:,}{unusual}"  # the run may have gone on since its export
             + (f"; of {len(self.served)} reports" if len(self.served) > 1 else "")
         )
+
+
+def _manifest(policy: Path) -> Manifest:
+    try:
+        properties = onnx.load(policy, load_external_data=False).metadata_props
+    except DecodeError as error:
+        raise Rejected(
+            str(policy), "a policy of training.run", "a file that is no ONNX model", "export again"
+        ) from error
+    return Manifest.from_metadata({p.key: p.value for p in properties})
 
 
 def _leave_out_what_is_being_written(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from protos.errors import Rejected
-from protos.files import remove_unfinished, write_atomically
+from protos.files import held, remove_unfinished, write_atomically
 from training import distributed
 from training.agents.agent import Diverged
 from training.config import SETTINGS, RunConfig, parse
@@ -29,6 +29,8 @@ from training.names import POLICY
 from training.progress import curves, describe, log_success, progress_bar, show, warn_if_behind
 
 LOG_EVERY, PROBE_EVERY = 20, 200
+NO_MEMORY = "can't allocate memory"
+"""What torch says of a CPU's, in a RuntimeError."""
 SAME_SIGNAL_S = 0.5
 """Within this time, signals to several processes of a job are one."""
 
@@ -43,23 +45,49 @@ def train(config: RunConfig) -> Path:
         EvaluationError: when an evaluation failed; a checkpoint has been saved.
         ExportError: when the policy's file is not the network that was trained; a checkpoint has been saved.
         OSError: when something cannot be read or written.
-        torch.OutOfMemoryError: when the GPU has too little memory.
+        RuntimeError: when there is too little memory; of a GPU's, torch.OutOfMemoryError.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, with a checkpoint saved; on a second one, perhaps without.
     """
+    _require_free(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    run = Run(config)
+    keep_freed_memory()  # only now: the copies of which the dataset was made go back to the kernel
+    run.code_version = code_version()  # now: by the end of a long run the checkout may be at another commit
+    evaluations = Evaluations(run) if config.eval_every else None  # in all processes: all refuse, or none
+    if not run.processes.leads:
+        return _train(run, None)
+    with _alone(config):
+        _clear_up(config.output)
+        return _train(run, evaluations)
+
+
+def _require_free(config: RunConfig) -> None:
     # A name with a dot is what a run that was killed while it wrote its settings has left.
     taken = config.output.exists() and any(not path.name.startswith(".") for path in config.output.iterdir())
     if taken and not config.resume:
         raise Rejected("--output", "a new or empty directory", str(config.output), "choose another, or add --resume")
-    keep_freed_memory()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    run = Run(config)
-    run.code_version = code_version()  # now: by the end of a long run the checkout may be at another commit
-    evaluations = Evaluations(run) if config.eval_every else None  # in all processes: all refuse, or none
-    if not run.processes.leads:
-        evaluations = None
-    if run.processes.leads:
-        _clear_up(config.output)
+
+
+@contextlib.contextmanager
+def _alone(config: RunConfig) -> Iterator[None]:
+    """No other process trains into the directory meanwhile: two would save over each other."""
+    config.output.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(config.output))
+        except BlockingIOError as error:
+            remedy = "wait for it, stop it, or choose another directory"
+            raise Rejected(
+                "--output", "a directory in which no run is under way", str(config.output), remedy
+            ) from error
+        _require_free(config)  # another may have come and gone while this one read its data
+        yield
+
+
+def _train(run: Run, evaluations: Evaluations | None) -> Path:
+    """`train`, once it is certain that it may."""
+    config = run.config
     if config.resume:
         run.restore()
         if run.progress >= 1 and run.processes.leads:
@@ -74,6 +102,13 @@ def train(config: RunConfig) -> Path:
         with _interrupt_noted() as stop:
             try:
                 _loop(run, evaluations, stop)
+            except OSError as error:  # the disk is full, and may have room for a checkpoint where one is replaced
+                with contextlib.suppress(OSError):
+                    run.save()
+                told = (
+                    error if error.filename else f"{error}, of what lies in {config.output}"
+                )  # TensorBoard names none
+                raise OSError(f"{told}. When that is mended, continue with: {to_resume(config.output)}") from error
             except EvaluationError as error:
                 run.save()
                 if not stop.wait(SAME_SIGNAL_S):  # who ends a whole job ends its evaluation first, perhaps
@@ -202,7 +237,30 @@ def _record(config: RunConfig) -> None:
     write_atomically(config.output / SETTINGS, text.encode())
 
 
+@contextlib.contextmanager
+def _in_words() -> Iterator[None]:
+    """SIGTERM is Ctrl-C, also before the first update and at the export. And where TensorBoard's thread cannot write,
+    the loop's next scalar raises that, too, and says what to do."""
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not isinstance(failed.exc_value, OSError):
+            usual(failed)
+
+    usual, threading.excepthook = threading.excepthook, hook
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        threading.excepthook = usual
+
+
 def main() -> int:
+    with _in_words():
+        return _main()
+
+
+def _main() -> int:
     try:
         config = parse(sys.argv[1:])
     except (ValueError, OSError) as error:
@@ -215,12 +273,12 @@ def main() -> int:
     except (Rejected, Diverged, EvaluationError, ExportError, OSError) as error:
         print(f"training stopped: {error}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError as error:
-        print(
-            f"training stopped: {error}\nStart a new run with a smaller --batch-size or narrower --network.fields, or "
-            "take --device cpu",
-            file=sys.stderr,
-        )
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error)):
+            raise
+        smaller = "a smaller --batch-size or narrower --network.fields"
+        elsewhere = ", or take --device cpu" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"training stopped: {error}\nStart a new run with {smaller}{elsewhere}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         how = f"; continue with: {to_resume(config.output)}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from protos.files import SPARE_BYTES, remove_unfinished, require_room, require_writable, whole, write_atomically
+from protos.files import SPARE_BYTES, held, remove_unfinished, require_room, require_writable, whole, write_atomically
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -124,6 +124,18 @@ def test_what_only_looks_as_if_it_had_been_left_stays(killed, tmp_path):
     with whole(tmp_path / "d") as made:
         made.touch()
     assert {path.name for path in tmp_path.iterdir()} == {"d", ".d.original", ".another.abcdefgh"}
+
+
+def test_a_folder_is_held_by_one_process_and_let_go_of_by_one_that_is_killed(tmp_path):
+    code = "import sys, time; from pathlib import Path; from protos.files import held"
+    code += "\nwith held(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"mine\n"
+        with pytest.raises(BlockingIOError), held(tmp_path):
+            pass
+        other.kill()
+    with held(tmp_path):
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_room_is_asked_for_with_some_to_spare(tmp_path, monkeypatch):

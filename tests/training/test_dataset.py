@@ -44,7 +44,7 @@ def test_transitions_are_drawn_alike_or_by_weight(reach: Dataset) -> None:
     torch.testing.assert_close(counts, torch.full_like(counts, 1 / len(reach)), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("n_step", [1, 3, 10])
+@pytest.mark.parametrize("n_step", [1, 3, 10, 10**12])
 def test_rewards_are_summed_over_n_steps_as_far_as_the_episode_goes(n_step: int, tmp_path: Path) -> None:
     def edit(index: int, episode: dict[str, Any]) -> None:
         episode["reward"] = [1.0, 0.0, 2.0, 4.0]

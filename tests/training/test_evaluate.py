@@ -98,9 +98,12 @@ def waiting(data: Path, output: Path) -> tuple[Run, Evaluations, Path]:
     return run, evaluations, snapshot
 
 
-def test_a_snapshot_is_evaluated_by_hand_to_the_same_result(drawer: Path, tmp_path: Path) -> None:
+def test_a_snapshot_is_evaluated_by_hand_to_the_same_result(
+    drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, evaluations, snapshot = waiting(drawer, tmp_path / "run")
-    first, second = (evaluate(Evaluate(snapshot, episodes=1)) for _ in range(2))
+    monkeypatch.chdir(snapshot.parent)
+    first, second = (evaluate(Evaluate(path, episodes=1)) for path in (snapshot, Path(snapshot.name)))
     assert first == second == Result(1, first.successes, 1)
     evaluations.take()  # came in meanwhile, and is still to be told
     assert evaluations.poll() == [first]
@@ -254,7 +257,7 @@ def test_what_is_no_snapshot_is_an_error_that_says_so(drawer: Path, tmp_path: Pa
     begun(arguments(drawer, tmp_path / "run", "--updates", "3"))
     (tmp_path / "run" / "policy.onnx").write_bytes(b"a graph")
     for name in ("checkpoint.pt", "policy.onnx"):
-        with pytest.raises(Rejected, match=r"evaluations/update-N\.pt"):
+        with pytest.raises(Rejected, match=rf"run/{name}: expected OUTPUT/evaluations/update-N\.pt"):
             evaluate(Evaluate(tmp_path / "run" / name))
 
 

@@ -152,6 +152,16 @@ def test_what_is_no_run_and_another_s_file_are_no_traceback(
     assert capsys.readouterr().err.count("no report") == 2
 
 
+def test_a_policy_that_is_none_is_named(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs[1], tmp_path / "run")
+    (tmp_path / "run/policy.onnx").write_bytes(b"no graph")
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "run"), "--output", str(tmp_path / "page.html")])
+    assert main() == 1
+    assert f"{tmp_path / 'run/policy.onnx'}: expected a policy of training.run" in capsys.readouterr().err
+
+
 def test_a_page_of_no_runs_does_not_replace_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

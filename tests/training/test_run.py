@@ -262,6 +262,7 @@ def test_a_preset_may_be_your_own_file_and_a_wrong_one_says_what_there_is(tmp_pa
         ("network: [1]", "network = "),
         ("iql:\n  expectile: high", "expectile = 'high'"),
         ("network: [", "flow node"),
+        ("schedule: cosin", "schedule = 'cosin'"),
     ],
 )
 def test_a_preset_of_ones_own_is_checked(text: str, words: str, tmp_path: Path) -> None:
@@ -269,6 +270,43 @@ def test_a_preset_of_ones_own_is_checked(text: str, words: str, tmp_path: Path) 
     (tmp_path / "mine.yaml").write_text(f"minutes: 3\n{text}\n")
     with pytest.raises(Rejected, match=re.escape(words)):
         parse(["--dataset", "d", "--output", "o", "--preset", str(tmp_path / "mine.yaml")])
+
+
+@pytest.mark.parametrize("text", ["", "- minutes: 3\n"])
+def test_a_preset_without_settings_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(Rejected, match="holds no settings by name"):
+        parse(["--dataset", "d", "--output", "o", "--preset", str(tmp_path / "mine.yaml")])
+
+
+def test_a_word_of_a_preset_is_not_taken_for_a_number(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("minutes: 3\nschedule: cosin\n")
+    with pytest.raises(Rejected) as refused:
+        parse(["--dataset", "d", "--output", "o", "--preset", str(tmp_path / "mine.yaml")])
+    assert "1.0e-4" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "missing"),
+    [
+        ("--shift-m 0.01", "--augmentation se2"),
+        ("--shift-m 0.01 --augmentation o2", "--augmentation se2"),
+        ("--eval-episodes 10", "--eval-every"),
+        ("--keep last", "--eval-every"),
+        ("--algo cql --cql.gap-rate 2", "--cql.gap"),
+    ],
+)
+def test_a_flag_that_nothing_reads_is_refused(flags: str, missing: str) -> None:
+    words = ["--dataset", "d", "--output", "o", *flags.split()]
+    with pytest.raises(ValueError, match=f"means nothing without {missing}"):
+        parse(words)
+    parse([*words, *missing.split(), *(() if " " in missing else ("5",))])
+
+
+def test_a_seed_that_torch_cannot_take_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--dataset", "d", "--output", "o", "--seed", str(2**64)])
+    assert "below 2^64" in capsys.readouterr().err
 
 
 def test_a_heading_without_settings_is_none(tmp_path: Path) -> None:

@@ -1,20 +1,28 @@
 """A run that stopped: what it says to do is what helps."""
 
+import errno
 import json
+import os
 import shlex
+import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from protos.errors import Rejected
+from protos.files import held
 from tests.training.test_run import arguments, begun, same, weights
 from training.agents.agent import Diverged
 from training.config import RunConfig, parse
+from training.data.dataset import load
 from training.distributed import to_resume
 from training.loop import CHECKPOINT, DIAGNOSIS, Run
+from training.progress import describe
 from training.run import _record, _without_evaluation, main, train
 
 
@@ -24,6 +32,151 @@ def as_told(text: str) -> RunConfig:
     return parse(command[3:])
 
 
+def run_command(monkeypatch: pytest.MonkeyPatch, args: list[str]) -> int:
+    monkeypatch.setattr(sys, "argv", ["training.run", *args])
+    return main()
+
+
+def test_too_large_a_batch_is_no_traceback(
+    reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a processor's memory torch says RuntimeError."""
+    flags = ("--batch-size", "1000000000000", "--updates", "1", "--augmentation", "none")
+    assert run_command(monkeypatch, arguments(reach_path, tmp_path / "run", *flags)) == 1
+    said = capsys.readouterr().err
+    assert "can't allocate memory" in said
+    assert "--batch-size" in said
+    assert "--device" not in said
+
+
+def test_copies_of_which_the_data_were_made_go_back_to_the_kernel(
+    reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept, as activations are, they would be a second data set in memory for as long as the run lasts."""
+    order = []
+    monkeypatch.setattr("training.run.keep_freed_memory", lambda: order.append("keep"))
+    monkeypatch.setattr("training.run._train", lambda *_: order.append("train"))
+    monkeypatch.setattr("training.loop.load", lambda *a, **k: order.append("load") or load(*a, **k))
+    train(parse(arguments(reach_path, tmp_path / "run", "--updates", "1")))
+    assert order == ["load", "keep", "train"]
+
+
+def test_a_second_run_does_not_train_into_the_directory_of_one_under_way(
+    reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    args = arguments(reach_path, output, "--updates", "1")
+    begun(args)
+    before = (output / CHECKPOINT).read_bytes()
+    with held(output):
+        assert run_command(monkeypatch, [*args, "--resume", "--updates", "2"]) == 1
+    assert "in which no run is under way" in capsys.readouterr().err
+    assert (output / CHECKPOINT).read_bytes() == before
+
+
+def test_of_two_that_begin_at_once_the_later_refuses(
+    reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first has come and gone while this one read its data."""
+    output = tmp_path / "run"
+    args = arguments(reach_path, output, "--updates", "1")
+    other = parse(args)
+
+    def meanwhile(*a: Any, **k: Any) -> Any:
+        if not output.exists():
+            _record(other)
+        return load(*a, **k)
+
+    monkeypatch.setattr("training.loop.load", meanwhile)
+    with pytest.raises(Rejected, match="a new or empty directory"):
+        train(parse(args))
+
+
+def test_a_disk_that_fills_up_is_told_with_the_way_on_and_what_was_learned_is_saved(
+    reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As TensorBoard's writer says it: without a name."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    output = tmp_path / "run"
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    assert run_command(monkeypatch, arguments(reach_path, output, "--updates", "40")) == 1
+    said = capsys.readouterr().err
+    assert f"No space left on device, of what lies in {output}" in said
+    assert as_told(said).output == output
+    assert torch.load(output / CHECKPOINT, weights_only=True)["updates"] == 20
+
+
+def test_a_thread_s_failure_to_write_is_the_loop_s_to_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def threads(_: RunConfig) -> None:
+        for error in (OSError("disk"), ValueError("a bug")):
+            thread = threading.Thread(target=lambda error=error: exec("raise error", {"error": error}))
+            thread.start()
+            thread.join()
+
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest has one of its own
+    monkeypatch.setattr("training.run.train", threads)
+    run_command(monkeypatch, arguments(tmp_path, tmp_path / "run"))
+    said = capfd.readouterr().err
+    assert "a bug" in said
+    assert "disk" not in said
+
+
+def test_sigterm_before_the_first_update_is_told_as_ctrl_c_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("training.run.train", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert run_command(monkeypatch, arguments(tmp_path, tmp_path / "run")) == 130
+    assert "interrupted before the first update" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_of_a_gpu_s_is_resumed_elsewhere_by_the_flag_that_is_named(
+    reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = arguments(reach_path, tmp_path / "run", "--updates", "1")
+    _record(replace(parse(args), device="cuda"))
+    with pytest.raises(Rejected, match="add --device cpu"):
+        train(parse([*args, "--resume"]))
+    assert Run(parse([*args, "--resume", "--device", "cpu"])).device.type == "cpu"
+
+
+def test_data_that_have_moved_are_named_anew(reach_path: Path, tmp_path: Path) -> None:
+    begun(arguments(reach_path, tmp_path / "run", "--updates", "2"))
+    with pytest.raises(Rejected, match="say --dataset PLACE"):
+        train(parse(arguments(tmp_path / "gone", tmp_path / "run", "--updates", "2", "--resume")))
+
+
+def test_a_precision_that_the_new_processor_has_not_is_told_of(
+    reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--precision auto: the weights are not what they would have been on the first one."""
+    args = arguments(reach_path, tmp_path / "run", "--updates", "2")
+    monkeypatch.setattr("training.loop._bf16", lambda *_: True)
+    begun(args)
+    monkeypatch.setattr("training.loop._bf16", lambda *_: False)
+    run = Run(parse([*args, "--resume"]))
+    run.restore()
+    describe(run)
+    told = capsys.readouterr()
+    assert "cpu, fp32" in told.out
+    assert "it learned in bf16 so far" in told.err
+
+
+def test_a_rate_without_a_budget_to_fall_over_is_told_of(
+    reach_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = arguments(reach_path, tmp_path / "run", "--minutes", "None", "--eval-every", "5", "--patience", "2")
+    describe(Run(parse(args)))
+    assert "nothing for --schedule cosine to fall over" in capsys.readouterr().err
+
+
 def test_too_little_memory_is_no_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -31,8 +184,7 @@ def test_too_little_memory_is_no_traceback(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr("training.run.train", full)
-    monkeypatch.setattr(sys, "argv", ["training.run", *arguments(tmp_path, tmp_path / "run")])
-    assert main() == 1
+    assert run_command(monkeypatch, arguments(tmp_path, tmp_path / "run")) == 1
     said = capsys.readouterr().err
     assert all(words in said for words in ("20.00 GiB", "--batch-size", "--network.fields", "--device cpu"))
 

@@ -165,8 +165,8 @@ class _Arrays:
         now = np.arange(end)
         then = np.minimum(now + n_step, end)
         reward: NDArray[np.float64] = np.zeros(end)
-        for ahead in reversed(range(n_step)):  # r_t + gamma (r_t+1 + gamma (...)), 0 beyond the end
-            there = np.concatenate([episode.reward[ahead:], np.zeros(min(ahead, end))])
+        for ahead in reversed(range(min(n_step, end))):  # r_t + gamma (r_t+1 + gamma (...)), 0 beyond the end
+            there = np.concatenate([episode.reward[ahead:], np.zeros(ahead)])
             reward = there + discount * reward
         ended = (then == end) & episode.terminated
         return cls(

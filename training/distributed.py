@@ -84,6 +84,11 @@ def to_resume(output: Path, *flags: str) -> str:
     return f"{started} -m training.run --resume {shlex.join(('--output', str(output), *flags))}"
 
 
+def lost_another(error: RuntimeError) -> bool:
+    """Whether it means that another process of the run has ended, which then says why itself."""
+    return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
+
+
 def leave() -> None:
     """Take leave of the others; nothing where there are none."""
     if distributed.is_initialized():

@@ -274,6 +274,9 @@ def _main() -> int:
         print(f"training stopped: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
+        if distributed.lost_another(error):
+            print("training stopped: another of its processes has ended", file=sys.stderr)
+            return 1
         if not (isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error)):
             raise
         smaller = "a smaller --batch-size or narrower --network.fields"

@@ -49,6 +49,17 @@ def test_too_large_a_batch_is_no_traceback(
     assert "--device" not in said
 
 
+def test_where_another_process_has_ended_its_own_words_are_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost(_: RunConfig) -> None:
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:23218.")
+
+    monkeypatch.setattr("training.run.train", lost)
+    assert run_command(monkeypatch, arguments(tmp_path, tmp_path / "run")) == 1
+    assert capsys.readouterr().err == "training stopped: another of its processes has ended\n"
+
+
 def test_copies_of_which_the_data_were_made_go_back_to_the_kernel(
     reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

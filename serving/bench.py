@@ -250,7 +250,12 @@ def _closed_loop(bench: Bench, clients: list[Client]) -> float:
 async def _open_loop(bench: Bench, clients: list[Client]) -> float:
     async with contextlib.AsyncExitStack() as stack:
         channels = [await stack.enter_async_context(connect(bench, grpc.aio)) for _ in clients]
-        await asyncio.wait_for(asyncio.gather(*(channel.channel_ready() for channel in channels)), CONNECT_S)
+        try:
+            await asyncio.wait_for(asyncio.gather(*(channel.channel_ready() for channel in channels)), CONNECT_S)
+        except TimeoutError as error:  # of asyncio's, without a word
+            raise TimeoutError(
+                f"{bench.connection.server} has not taken a connection within {CONNECT_S:g} s"
+            ) from error
         starts = _starts(bench)
         await asyncio.gather(*(c.run_open(*at) for c, *at in zip(clients, channels, starts, strict=True)))
         return time.perf_counter() - starts[0]

@@ -32,6 +32,15 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 3_000),
 ]
+MOMENTARY = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,  # it met the server's end on its way
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    }
+)
+"""What says nothing of the request, but of the server at that moment."""
 HEALTH = "/grpc.health.v1.Health/Check"
 """Spelled out, as a controller need not have grpcio-health-checking. An empty message asks for the whole server."""
 Outcome = pb.EndEpisodeRequest
@@ -114,10 +123,10 @@ class Episode:
     def not_applied(self) -> None:
         """Say, before the next step or the end, that the last answer was not applied after all: somebody pressed stop.
 
-        The next motion then begins at rest, and an import of the recording leaves out what was never done.
+        The next motion then begins at rest, and an import of the recording leaves out what was never done. After a step
+        that raised, the last answer is that of the step before: what raised needs no word.
         """
-        if not self._stopped:
-            self.applied_step, self._stopped = self._applied_before, True
+        self.applied_step, self._stopped = self._applied_before, True
 
     def succeeded(self, success: bool = True) -> None:
         """How it went; told when the episode ends. Recordings are labelled with it."""
@@ -130,7 +139,8 @@ class PolicyClient:
     Args:
         target: "host:port".
         policy, version: empty: the server's default and newest.
-        timeout_s: deadline of every call, retries included.
+        timeout_s: deadline of every call, retries included; of an action, after the first answer, no longer than one
+            could be of use: a connection that has gone silent must not hold the arm for longer.
         spec: the contract that the caller was built for. Compared with the server's at the first call, which raises
             `protos.errors.Rejected` naming the field that differs; left out, the server's is taken.
         tls: left out, the connection is not encrypted.
@@ -157,6 +167,8 @@ class PolicyClient:
         self._stub = pb_grpc.PolicyServiceStub(self._channel)
         self._check = self._channel.unary_unary(HEALTH)
         self._connected: tuple[pb.PolicyInfo, PolicySpec] | None = None
+        self._useful_s = math.inf
+        """How old a frame may be when it is acted on, as the last answer told."""
 
     @classmethod
     def of(cls, connection: Connection, policy: str = "", version: str = "", **how: Any) -> "PolicyClient":
@@ -187,8 +199,7 @@ class PolicyClient:
             try:
                 return self._ask(max(deadline - time.monotonic(), ONE_TRY_S))[0]
             except PolicyError as error:
-                retry = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-                if not retry:
+                if error.code not in MOMENTARY:
                     raise
                 if time.monotonic() + POLL_S >= deadline:
                     if error.answered:
@@ -255,7 +266,15 @@ class PolicyClient:
         request = pb.GetActionRequest(
             observation=pack_observation(observation, pose=pose, age_us=age_us), contract_digest=spec.digest, **whose
         )
-        response = self._call(self._stub.GetAction, request, self._timeout_s - (time.monotonic() - sent))
+        waited_s = time.monotonic() - sent
+        left_s = min(self._timeout_s - waited_s, self._useful_s - age_us / 1e6)
+        try:
+            response = self._call(self._stub.GetAction, request, max(left_s, 0.0))
+        except PolicyError as error:
+            if error.code is not grpc.StatusCode.DEADLINE_EXCEEDED:  # it may be another server by now, of other ways
+                self._useful_s = math.inf
+            raise
+        self._useful_s = (response.valid_for_us + age_us) / 1e6
         expires_at = sent + response.valid_for_us / 1e6
         if (behind_s := time.monotonic() - expires_at) >= 0:
             told = f"the answer came {behind_s * 1e3:.0f} ms after it had expired; ask again, with a new frame"
@@ -285,13 +304,7 @@ class PolicyClient:
                 Outcome(episode_id=episode.id, outcome=episode.outcome, applied_step=episode.applied_step),
             )
         except PolicyError as error:
-            if error.code not in (
-                grpc.StatusCode.UNAVAILABLE,
-                grpc.StatusCode.CANCELLED,  # it met the server's end on its way
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                grpc.StatusCode.NOT_FOUND,
-            ):
+            if error.code not in MOMENTARY | {grpc.StatusCode.NOT_FOUND}:
                 raise
 
     def _connect(self) -> tuple[pb.PolicyInfo, PolicySpec]:

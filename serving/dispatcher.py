@@ -27,8 +27,9 @@ REPLY_S = 0.002
 class Dispatcher:
     """Runs at most `concurrency` inferences at once and lets at most `queue` calls wait, for about `max_wait_s`.
 
-    No client can take all of either, where there is more than one, and who asks for more than a fair share of the
-    model's time starts nothing that another's next call would wait for: who floods, floods himself.
+    Beside others no client can take all of several places; of a line of several, none ever can. And who asks for more
+    than a fair share of the model's time starts nothing that another's next call would wait for: who floods, floods
+    himself.
     """
 
     def __init__(
@@ -180,7 +181,8 @@ class Dispatcher:
             raise _too_much()
 
     def _may_start(self, name: str) -> bool:
-        share = max(1, self._concurrency - 1)
+        alone = self._rhythm.is_alone(name, time.monotonic())
+        share = self._concurrency if alone else max(1, self._concurrency - 1)
         return len(self._turns) < self._concurrency and self._running.get(name, 0) < share
 
     def _start(self, ticket: Ticket) -> None:

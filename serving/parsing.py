@@ -9,6 +9,9 @@ from google.protobuf.message import DecodeError
 
 from protos.errors import Rejected
 
+LARGE_BYTES = 128 * 1024
+"""Twice what a frame of 128 x 128 takes: whether a message holds more than its fields is not worth asking before."""
+
 
 @dataclass(frozen=True)
 class _Unreadable:
@@ -49,6 +52,9 @@ class Parser(grpc.ServerInterceptor):
             except DecodeError:
                 return _Unreadable(len(content))
             message.DiscardUnknownFields()
+            if len(content) > LARGE_BYTES:  # protobuf forgets them, and keeps their bytes as long as the message lives
+                kept = message.SerializeToString()
+                message = parse(kept) if len(kept) < len(content) else message
             return message
 
         def read(request: Any, context: grpc.ServicerContext) -> Any:

@@ -34,8 +34,10 @@ AWAITED = 8
 LINE = 64
 """Calls that may wait for a thread of health's or reflection's: they count among the server's calls at once."""
 MESSAGE_S, QUESTION_S, STREAM_S = 15.0, 3.0, 60.0
-"""Whose message has not come by then is cancelled: many clients together could take all threads, too. 4 MiB at 2 Mbit/s
-take as long; what asks for health or reflection is short. A whole stream of reflection may last so long."""
+"""Whose message has not come by then is cancelled: several clients together could take all threads, too. 4 MiB at 2
+Mbit/s take as long; what asks for health or reflection is short. A whole stream of reflection may last so long."""
+CROWDED_S = 1.0
+"""And where more calls than AWAITED have waited so long, all of those are: a frame of 64 KiB comes at 0.5 Mbit/s."""
 
 
 class Porter(grpc.ServerInterceptor):
@@ -60,8 +62,8 @@ class Porter(grpc.ServerInterceptor):
         self._checks, self._streams = checks, streams
         self._awaited: dict[str, int] = {}
         """Calls of each client whose message has not come."""
-        self._due: dict[grpc.ServicerContext, float] = {}
-        """Until when (time.monotonic) the message of a call must have come."""
+        self._due: dict[grpc.ServicerContext, tuple[float, float]] = {}
+        """Since when (time.monotonic) a call waits for its message, and until when it may."""
         self._handlers: dict[str, Any] = {}
         """Of each method that there is, made when it is called first."""
         self._lock, self._closed = threading.Lock(), threading.Event()
@@ -158,11 +160,15 @@ class Porter(grpc.ServerInterceptor):
     def _cancel_the_late(self) -> None:
         while not self._closed.wait(QUESTION_S / 4):
             with self._lock:
-                late = [context for context, due in self._due.items() if time.monotonic() >= due]
+                late = self._late(time.monotonic())
             for context in late:
                 context.cancel()
             if late:
                 log.info("%d calls were cancelled: their messages did not come", len(late))
+
+    def _late(self, now: float) -> list[grpc.ServicerContext]:
+        long = [context for context, (since, _) in self._due.items() if now - since >= CROWDED_S]
+        return long if len(long) > AWAITED else [context for context, (_, until) in self._due.items() if now >= until]
 
     def _begin_to_wait(self, client: str, context: grpc.ServicerContext, within_s: float) -> None:
         with self._lock:
@@ -172,12 +178,14 @@ class Porter(grpc.ServerInterceptor):
                 remedy = "send each call's message before the next call"
                 raise Rejected("server", expected, f"{AWAITED + 1}", remedy, Status.RESOURCE_EXHAUSTED)
             self._awaited[client] = waiting + 1
-            self._due[context] = time.monotonic() + within_s
+            now = time.monotonic()
+            self._due[context] = now, now + within_s
 
     def _wait_on(self, context: grpc.ServicerContext, within_s: float) -> None:
         with self._lock:
             if context in self._due:  # else the call is over
-                self._due[context] = time.monotonic() + within_s
+                now = time.monotonic()
+                self._due[context] = now, now + within_s
 
     def _end_wait(self, client: str, context: grpc.ServicerContext) -> None:
         with self._lock:

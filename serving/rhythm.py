@@ -219,6 +219,10 @@ class Rhythm:
         most = self._rarer_than(mine.hz(now)) if mine else 0.0
         return [c for c in active.values() if c.known(now) and c.hz(now) < most]
 
+    def is_alone(self, name: str, now: float) -> bool:
+        """It is active, and nobody else."""
+        return self._active(now).keys() == {name}
+
     def _rarer_than(self, hz: float) -> float:
         """Whoever asks less often than this asks much less often than `hz`, and no more often than a controller."""
         return min(hz / MUCH_MORE, self.client_hz)

@@ -1,7 +1,7 @@
 // A complete controller in C++: `make`, then `build/controller localhost:50051`.
 //
-// A server with tokens wants one in $TOKEN. Replace `camera` and `move`. docs/protocol.md explains every field;
-// controller.py is the same program in Python.
+// A server with tokens wants one in $TOKEN, and one with another --valid-for-ms that in $VALID_FOR_MS. Replace `camera`
+// and `move`. docs/protocol.md explains every field; controller.py is the same program in Python.
 #include <grpcpp/grpcpp.h>
 
 #include <algorithm>
@@ -36,9 +36,13 @@ constexpr char kContract[] = R"({
 constexpr char kContractDigest[] = "bc7489a30b4bfe5fcda0b5b187e8d2d292b443ff7ccd872e2ee773d23cd74543";
 constexpr int kSize = 128;
 constexpr int kSteps = 5;
-constexpr milliseconds kDeadline{200};  // of one try; an answer that comes later is of no use
-constexpr int kTries = 3;
 constexpr int kPatience = 3;  // so many steps in a row without a motion, and the episode is over
+
+// The server's --valid-for-ms: of an older frame it says nothing, and what it has said comes too late.
+milliseconds fresh() {
+  const char* told = std::getenv("VALID_FOR_MS");
+  return milliseconds(told ? std::atoi(told) : 200);
+}
 
 // Metres below the camera plane, row by row: a table, and a block that comes nearer from step to step.
 std::vector<float> camera(int step) {
@@ -153,22 +157,21 @@ class Controller {
     return request;
   }
 
-  // The same step again only where nothing was wrong with the request.
+  // The same step again only on UNAVAILABLE, and while the frame is fresh: nothing was wrong with the request.
   std::optional<pb::GetActionResponse> ask(pb::GetActionRequest& request, Clock::time_point taken) {
-    for (int i = 0; i < kTries; ++i) {
+    for (bool again = false;; again = true) {
       const auto age = std::chrono::duration_cast<microseconds>(Clock::now() - taken);
+      if (age >= fresh()) return std::nullopt;
       request.mutable_observation()->set_age_us(age.count());
       pb::GetActionResponse response;
-      const auto context = call(kDeadline);
-      if (i > 0) context->AddMetadata("x-retry", "1");  // it may have been answered already
+      const auto context = call(std::chrono::ceil<milliseconds>(fresh() - age));
+      if (again) context->AddMetadata("x-retry", "1");  // it may have been answered already
       const auto status = policies_->GetAction(context.get(), request, &response);
       if (status.ok()) return response;
       explain(status);
-      const auto code = status.error_code();
-      if (code != grpc::StatusCode::UNAVAILABLE && code != grpc::StatusCode::DEADLINE_EXCEEDED) break;
+      if (status.error_code() != grpc::StatusCode::UNAVAILABLE) return std::nullopt;
       std::this_thread::sleep_for(milliseconds(20));
     }
-    return std::nullopt;
   }
 
   // A deliberate one, to see what a refusal says.

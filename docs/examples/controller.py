@@ -1,8 +1,8 @@
 """A complete controller with the raw stubs: `python docs/examples/controller.py localhost:50051`.
 
-It needs equiserve (the stubs, the contract) and grpcio-status; a server with tokens wants one in $TOKEN. Replace
-`camera` and `move`. docs/protocol.md explains every field, controller.cc is the same program in C++, and
-serving.client does all this in a call.
+It needs equiserve (the stubs, the contract) and grpcio-status; a server with tokens wants one in $TOKEN, and one with
+another --valid-for-ms that in $VALID_FOR_MS. Replace `camera` and `move`. docs/protocol.md explains every field,
+controller.cc is the same program in C++, and serving.client does all this in a call.
 """
 
 import os
@@ -21,11 +21,8 @@ from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from protos.spaces import SPEC
 
 STEPS = 5
-DEADLINE_S = 0.2
-"""Of one try. An answer that comes later is of no use."""
-TRIES = 3
-TRY_AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-"""The only ones worth the same step again: nothing was wrong with the request."""
+FRESH_S = float(os.environ.get("VALID_FOR_MS", "200")) / 1e3
+"""The server's --valid-for-ms: of an older frame it says nothing, and what it has said comes too late."""
 PATIENCE = 3
 """So many steps in a row without a motion, and the episode is over."""
 
@@ -98,16 +95,18 @@ class Controller:
         return not response.hold
 
     def _ask(self, request: pb.GetActionRequest, taken_s: float) -> pb.GetActionResponse | None:
-        for again in range(TRIES):
-            metadata = [*self._metadata, ("x-retry", "1")] if again else self._metadata
-            request.observation.age_us = round((time.monotonic() - taken_s) * 1e6)
+        """The same step again only on UNAVAILABLE, and while the frame is fresh: nothing was wrong with the request."""
+        metadata = self._metadata
+        while (age_s := time.monotonic() - taken_s) < FRESH_S:
+            request.observation.age_us = round(age_s * 1e6)
             try:
-                return self._policies.GetAction(request, timeout=DEADLINE_S, metadata=metadata)
+                return self._policies.GetAction(request, timeout=FRESH_S - age_s, metadata=metadata)
             except grpc.RpcError as error:
                 explain(error)
-                if error.code() not in TRY_AGAIN:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
                     return None
             time.sleep(0.02)
+            metadata = [*self._metadata, ("x-retry", "1")]  # it may have been answered already
         return None
 
     def mistake(self, episode_id: str) -> None:

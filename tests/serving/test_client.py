@@ -33,9 +33,12 @@ class Fickle(pb_grpc.PolicyServiceServicer):
         self.failures, self.calls, self.delay_s, self.last = [], 0, 0.0, None
         self.remaining_s, self.retries, self.end, self.ends = [], [], None, 0
         self.connect_delay_s, self.valid_s, self.spec = 0.0, 60.0, small_spec()
+        self.policy_failures = []
 
     def GetPolicy(self, request, context):
         time.sleep(self.connect_delay_s)
+        if self.policy_failures:
+            context.abort(self.policy_failures.pop(0), "as told")
         spec = self.spec
         return pb.GetPolicyResponse(
             policy=pb.PolicyInfo(name="fickle", contract=spec.to_json(), contract_digest=spec.digest)
@@ -369,18 +372,46 @@ def test_an_episode_tells_what_was_not_applied_and_that_the_arm_rests(fickle):
         assert told(episode) == (2, 1, False)
         assert told(episode, at_rest=True) == (3, 2, True)
         assert told(episode, grpc.StatusCode.RESOURCE_EXHAUSTED) == (4, 3, False)
-        episode.not_applied()  # there is no answer that could have been
         assert told(episode) == (5, 3, True)
         episode.not_applied()
         episode.not_applied()
         assert told(episode) == (6, 3, True)
-        assert told(episode) == (7, 6, False)
+        assert told(episode, grpc.StatusCode.CANCELLED) == (7, 6, False)
+        episode.not_applied()  # stop was pressed while 6 was carried out, and 7 asked for
+        assert told(episode) == (8, 3, True)
+        assert told(episode) == (9, 8, False)
         fickle.valid_s = 0.0
-        assert told(episode) == (8, 7, False)
+        assert told(episode) == (10, 9, False)
         fickle.valid_s = 60.0
-        assert told(episode) == (9, 7, True)
+        assert told(episode) == (11, 9, True)
         episode.not_applied()
-    assert fickle.ended.applied_step == 7
+    assert fickle.ended.applied_step == 9
+
+
+def test_a_connection_that_answers_no_more_holds_the_arm_no_longer_than_an_answer_could_be_of_use(fickle):
+    fickle.valid_s = 0.3
+    with PolicyClient(fickle.address, timeout_s=10.0) as client:
+        client.act(scene(0))
+        fickle.delay_s = 3.0
+        for age_us, most_s in ((0, 0.3), (200_000, 0.1), (400_000, 0.0)):
+            begun = time.monotonic()
+            with pytest.raises(PolicyError) as refused:
+                client.act(scene(0), age_us=age_us)
+            assert refused.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert time.monotonic() - begun < most_s + 0.25
+        fickle.delay_s, fickle.valid_s, fickle.failures = 0.0, 60.0, [grpc.StatusCode.RESOURCE_EXHAUSTED]
+        with pytest.raises(PolicyError):
+            client.act(scene(0))
+        fickle.delay_s = 0.5  # another server, of other ways
+        assert client.act(scene(0)).action.any()
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED])
+def test_who_waits_for_a_server_waits_out_what_is_momentary(fickle, code):
+    fickle.policy_failures = [code]
+    with PolicyClient(fickle.address) as client:
+        assert client.wait_ready(5).name == "fickle"
+        assert not fickle.policy_failures
 
 
 def test_an_answer_says_until_when_it_may_be_applied(running):

@@ -76,6 +76,24 @@ def test_as_many_run_as_may_and_the_rest_wait_in_order(pool, model):
     assert (dispatcher.running, dispatcher.waiting) == (0, 0)
 
 
+def test_a_lone_client_may_have_all_places_and_beside_another_it_may_not(pool, model):
+    dispatcher = Dispatcher(concurrency=2, queue=4)
+
+    def twice_a():
+        for _ in range(2):
+            dispatcher.admit("a")
+        calls = [ask(pool, dispatcher, model, "a") for _ in range(2)]
+        places = dispatcher.running
+        for _ in calls:
+            model.go.release()
+        assert all(call.result(5) for call in calls)
+        return places
+
+    assert twice_a() == 2
+    dispatcher.admit("b")
+    assert twice_a() == 1
+
+
 def test_beyond_the_line_is_refused_at_once(pool, model):
     dispatcher = Dispatcher(concurrency=1, queue=2)
     calls = [ask(pool, dispatcher, model, name) for name in "abc"]

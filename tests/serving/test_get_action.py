@@ -1,9 +1,12 @@
 """GetAction over a real socket: what it answers, and that nothing invalid reaches the model."""
 
+import resource
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 from protos.codec import pack_observation, unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.spaces import ACTION, Pose
+from serving.parsing import Parser
 from tests.makers import UNHURRIED_MS, far_scene, scene, small_spec, tiny_policy_file
 from tests.serving.requests import acting, refusal
 
@@ -376,3 +380,33 @@ def test_a_refusal_and_an_answer_tell_their_request_id(running):
     assert running.stub.GetAction(request(), metadata=(("x-request-id", "mine-8"),)).request_id == "mine-8"
     forged = running.stub.GetAction(request(), metadata=(("x-request-id", "a b"),)).request_id
     assert forged != "a b"
+
+
+@pytest.mark.parametrize("how", ["an unknown field", "a field sent again and again"])
+def test_what_is_no_field_s_is_not_kept_in_memory(how):
+    """With each step of an episode, and before a disk that has stalled: megabytes that nobody has counted."""
+    frame = acting(1).SerializeToString()
+    if how == "an unknown field":
+        field = bytes([0x82, 0x7D])  # number 2000, of bytes
+        sent = frame + field + _varint(size := 3_000_000) + bytes(size)
+    else:
+        again = pb.GetActionRequest(observation=acting(1).observation).SerializeToString()
+        sent = again * (3_000_000 // len(again)) + frame
+    handler = grpc.unary_unary_rpc_method_handler(lambda *_: None, pb.GetActionRequest.FromString)
+    details = SimpleNamespace(method="/equiserve.v1.PolicyService/GetAction")
+    careful = Parser(lambda *_: None).intercept_service(lambda _: handler, details)
+    before, kept = _resident_mib(), [careful.request_deserializer(sent) for _ in range(20)]
+    assert _resident_mib() - before < 20
+    assert {message.SerializeToString() for message in kept} == {frame}
+
+
+def _varint(number):
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*encoded, number])
+
+
+def _resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20

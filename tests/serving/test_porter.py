@@ -96,7 +96,7 @@ def test_of_two_messages_the_first_counts(serve, healthy):
 @pytest.fixture
 def patient(monkeypatch):
     """Nobody is cancelled within a test, however busy the machine."""
-    for bound in ("MESSAGE_S", "QUESTION_S"):
+    for bound in ("MESSAGE_S", "QUESTION_S", "CROWDED_S"):
         monkeypatch.setattr(f"serving.porter.{bound}", 60.0)
 
 
@@ -167,6 +167,26 @@ def test_whose_message_does_not_come_is_cancelled_and_all_others_are_answered(se
         never.set()
     assert {call.code() for call in calls} == {grpc.StatusCode.CANCELLED}
     until(lambda: not running.server._porter._due)
+
+
+def test_where_many_messages_do_not_come_nobody_waits_long_for_one(serve, healthy, monkeypatch):
+    """A link may be slow; but a few connections together could take all threads for a quarter of a minute."""
+    for bound, seconds in (("MESSAGE_S", 60.0), ("CROWDED_S", 0.4)):
+        monkeypatch.setattr(f"serving.porter.{bound}", seconds)
+    running, never = serve(policy=(str(healthy),)), threading.Event()
+
+    def without_message(one):
+        return by_stream(one, "GetAction").future((acting(1) for _ in range(1) if never.wait(20)), timeout=20)
+
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(connect(running.server.address)) for _ in range(2))
+        calls = [without_message(first) for _ in range(AWAITED)]
+        time.sleep(2.0)
+        assert not any(call.done() for call in calls)
+        calls.append(without_message(second))
+        until(lambda: all(call.done() for call in calls))
+        never.set()
+    assert {call.code() for call in calls} == {grpc.StatusCode.CANCELLED}
 
 
 def test_a_second_try_gets_its_answer_though_there_is_no_room(serve, healthy, monkeypatch):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from protos.errors import Status
 from protos.spaces import SPEC, PolicySpec
 from serving.security import new_token
-from tests.makers import certify, tiny_policy_file
+from tests.makers import UNHURRIED_MS, certify, tiny_policy_file
 from tests.serving.conftest import REPOSITORY
 
 PAGE = REPOSITORY / "docs/protocol.md"
@@ -289,7 +290,8 @@ def controller(request):
 
 
 def test_the_controller_runs_an_episode(controller, page_server, tmp_path):
-    ran = run([*controller, page_server[PLAIN]], tmp_path, TOKEN=page_server[TOKEN].removeprefix("Bearer "))
+    told = {"TOKEN": page_server[TOKEN].removeprefix("Bearer "), "VALID_FOR_MS": f"{UNHURRIED_MS:.0f}"}
+    ran = run([*controller, page_server[PLAIN]], tmp_path, **told)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "episode of drawer_opening" in ran.stdout
     assert ran.stdout.count(": move\n") == 5, ran.stdout
@@ -304,6 +306,23 @@ def test_the_controller_fails_where_nothing_is_answered(controller, serve, polic
     ran = run([*controller, walled.server.address], tmp_path)
     assert ran.returncode == 1, ran.stdout + ran.stderr
     assert "OUTCOME_ABORTED after 0 answered steps" in ran.stdout
+
+
+def test_the_controller_asks_again_only_while_its_frame_is_fresh(controller, serve, policies, tmp_path):
+    """By a server that is too slow, no second answer to the same frame could come in time."""
+    running = serve(policy=tuple(policies))
+    act, asked = running.server.dispatcher.act, []
+
+    def slow(*call):
+        asked.append(1)
+        time.sleep(0.4)
+        return act(*call)
+
+    running.server.dispatcher.act = slow
+    ran = run([*controller, running.server.address], tmp_path)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert 1 <= len(asked) <= 3  # one try of each step; the next may not get past the one before
+    assert "OUTCOME_ABORTED" in ran.stdout
 
 
 def test_the_controller_begins_no_episode_under_another_contract(controller, running, tmp_path):

@@ -102,10 +102,8 @@ class Answering:
         refusal, call = None, self._call(context)
         with self._tracer.span(method, call.request_id) as span:
             try:
-                call.client = (
-                    self._gate.require(f"/equiserve.v1.{service}/{method}", context.invocation_metadata())
-                    or call.client
-                )
+                path = f"/equiserve.v1.{service}/{method}"
+                call.client = self._gate.require(path, context.invocation_metadata()) or call.client
                 if self.draining and method not in FINISHING:
                     remedy = "call another server, or wait for the next"
                     raise Rejected("server", "one that takes calls", "one that drains", remedy, Status.UNAVAILABLE)

@@ -37,7 +37,8 @@ MESSAGE_S, QUESTION_S, STREAM_S = 15.0, 3.0, 60.0
 """Whose message has not come by then is cancelled: several clients together could take all threads, too. 4 MiB at 2
 Mbit/s take as long; what asks for health or reflection is short. A whole stream of reflection may last so long."""
 CROWDED_S = 1.0
-"""And where more calls than AWAITED have waited so long, all of those are: a frame of 64 KiB comes at 0.5 Mbit/s."""
+"""Where half of the robots' threads have waited so long, all calls that have are cancelled: a frame of 64 KiB takes as
+long at 0.5 Mbit/s."""
 
 
 class Porter(grpc.ServerInterceptor):
@@ -55,11 +56,13 @@ class Porter(grpc.ServerInterceptor):
         gate: Gate,
         answering: Answering,
         *,
+        threads: int,
         checks: "Threads",
         streams: "Threads",
     ) -> None:
+        """`threads`: of robots' calls; `checks`, `streams`: those of the others."""
         self._dispatcher, self._gate, self._answering = dispatcher, gate, answering
-        self._checks, self._streams = checks, streams
+        self._threads, self._checks, self._streams = threads, checks, streams
         self._awaited: dict[str, int] = {}
         """Calls of each client whose message has not come."""
         self._due: dict[grpc.ServicerContext, tuple[float, float]] = {}
@@ -168,7 +171,8 @@ class Porter(grpc.ServerInterceptor):
 
     def _late(self, now: float) -> list[grpc.ServicerContext]:
         long = [context for context, (since, _) in self._due.items() if now - since >= CROWDED_S]
-        return long if len(long) > AWAITED else [context for context, (_, until) in self._due.items() if now >= until]
+        crowded = len(long) >= self._threads / 2
+        return long if crowded else [context for context, (_, until) in self._due.items() if now >= until]
 
     def _begin_to_wait(self, client: str, context: grpc.ServicerContext, within_s: float) -> None:
         with self._lock:

@@ -87,12 +87,14 @@ class Server:
         )
         self.sessions = Sessions(config.max_episodes, config.episode_idle_s)
         self.recorder: Recorder | None = None
-        pool = _Workers(max(THREADS, 2 * (config.concurrency + config.queue)))
+        threads = max(THREADS, 2 * (config.concurrency + config.queue))
+        pool = _Workers(threads)
         self.answering = Answering(self.metrics, self.gate, OpenTelemetry() if config.trace else Tracer(), pool.arrival)
         self._porter = Porter(
             self.dispatcher,
             self.gate,
             self.answering,
+            threads=threads,
             checks=Threads(OTHER_THREADS),
             streams=Threads(OTHER_THREADS),
         )

@@ -179,11 +179,11 @@ def test_where_many_messages_do_not_come_nobody_waits_long_for_one(serve, health
         return by_stream(one, "GetAction").future((acting(1) for _ in range(1) if never.wait(20)), timeout=20)
 
     with ExitStack() as stack:
-        first, second = (stack.enter_context(connect(running.server.address)) for _ in range(2))
-        calls = [without_message(first) for _ in range(AWAITED)]
+        idle = [stack.enter_context(connect(running.server.address)) for _ in range(THREADS // 2 // AWAITED)]
+        calls = [without_message(one) for one in idle for _ in range(AWAITED - 1)]
         time.sleep(2.0)
         assert not any(call.done() for call in calls)
-        calls.append(without_message(second))
+        calls += map(without_message, idle)
         until(lambda: all(call.done() for call in calls))
         never.set()
     assert {call.code() for call in calls} == {grpc.StatusCode.CANCELLED}

@@ -26,7 +26,7 @@ class PolicyError(Exception):
         code: the gRPC status, e.g. grpc.StatusCode.INVALID_ARGUMENT.
         message: what the server said: the field, what it expected, what came.
         busy: the server had no room for this call, at this moment.
-        late: the frame was too old, the step is behind one that was answered, or the answer came when it had expired.
+        late: the frame was too old, the step is behind one that was answered, or no answer came before it had expired.
         answered: the server itself said so; else the call did not get there, or nothing came back.
     """
 

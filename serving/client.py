@@ -32,6 +32,7 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 3_000),
 ]
+ASK_AGAIN = "ask again, with a new frame"
 HEALTH = "/grpc.health.v1.Health/Check"
 """Spelled out, as a controller need not have grpcio-health-checking. An empty message asks for the whole server."""
 Outcome = pb.EndEpisodeRequest
@@ -210,18 +211,21 @@ class PolicyClient:
         request = pb.GetActionRequest(
             observation=pack_observation(observation, pose=pose, age_us=age_us), contract_digest=spec.digest, **whose
         )
-        waited_s = time.monotonic() - sent
-        left_s = min(self._timeout_s - waited_s, self._useful_s - age_us / 1e6)
+        left_s, useful_s = self._timeout_s - (time.monotonic() - sent), max(self._useful_s - age_us / 1e6, 0.0)
         try:
-            response = self._call(self._stub.GetAction, request, max(left_s, 0.0))
+            # A frame that was too old for the server before is for the server to refuse, which may have been told anew.
+            response = self._call(self._stub.GetAction, request, min(left_s, useful_s or math.inf))
         except PolicyError as error:
             if error.code is not grpc.StatusCode.DEADLINE_EXCEEDED:  # it may be another server by now, of other ways
                 self._useful_s = math.inf
+            elif 0 < useful_s < left_s:
+                told = f"no answer came in the {useful_s * 1e3:.0f} ms in which it would have been of use; {ASK_AGAIN}"
+                raise PolicyError(grpc.StatusCode.OUT_OF_RANGE, told, answered=error.answered) from None
             raise
         self._useful_s = (response.valid_for_us + age_us) / 1e6
         expires_at = sent + response.valid_for_us / 1e6
         if (behind_s := time.monotonic() - expires_at) >= 0:
-            told = f"the answer came {behind_s * 1e3:.0f} ms after it had expired; ask again, with a new frame"
+            told = f"the answer came {behind_s * 1e3:.0f} ms after it had expired; {ASK_AGAIN}"
             raise PolicyError(grpc.StatusCode.OUT_OF_RANGE, told)
         return Answer(
             action=unpack_action(response.action, spec.action),
@@ -261,7 +265,7 @@ class PolicyClient:
         expected = self._expected or (self._connected and self._connected[1])
         if expected:
             expected.require_same(served, f"policy {info.name} {info.version}")
-        self._connected = info, served
+        self._connected, self._useful_s = (info, served), math.inf
         return self._connected
 
     def _pause(self, seconds: float) -> None:

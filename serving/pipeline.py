@@ -96,8 +96,8 @@ class Pipeline:
         phases.seconds["inference"] = turn.inference_s
         response = self.respond(task, turn.proposals[0], call)
         said = {"request_id": call.request_id, "client": call.client}
-        frame = task.observation.depth.nbytes  # all else of a request that was found good is short
-        self.record(pb.FlightAction, task.policy, told=frame, **said, request=request, response=response)
+        frame = task.observation.depth.nbytes  # no less than it took on the wire; all else of a good request is short
+        self.record(pb.FlightAction, task.policy, size_bytes=frame, **said, request=request, response=response)
         return response
 
     def understand(
@@ -190,12 +190,17 @@ class Pipeline:
         self._frames.answered(task.look)
 
     def record(
-        self, kind: type[Message], policy: Policy | None = None, *, told: int | None = None, **fields: Message | str
+        self,
+        kind: type[Message],
+        policy: Policy | None = None,
+        *,
+        size_bytes: int | None = None,
+        **fields: Message | str,
     ) -> None:
         """Hand a message to the flight recorder, if there is one: see Recorder.put."""
         recorder = self._recorder()
         if recorder is not None:
-            recorder.put(kind, policy, told=told, **fields)
+            recorder.put(kind, policy, size_bytes=size_bytes, **fields)
 
     def _stale(self, age_s: float) -> Rejected:
         expected = f"a frame younger than {self._valid_for_s * 1e3:g} ms when it is acted on"
@@ -204,5 +209,6 @@ class Pipeline:
 
 
 def require_mode(mode: int) -> None:
+    """Raises Rejected, naming the field, where `mode` is no pb.Mode."""
     if mode not in MODES:
         raise Rejected("mode", ", ".join(pb.Mode.keys()), str(mode))

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -41,6 +41,14 @@ CROWDED_S = 1.0
 long at 0.5 Mbit/s."""
 
 
+class _Wait(NamedTuple):
+    """For a call's message: since when and until when (time.monotonic), and whether it takes a robots' thread."""
+
+    since: float
+    until: float
+    of_robots: bool
+
+
 class Porter(grpc.ServerInterceptor):
     """Asks for room before a message is read, unless the call says that it is a second try: its answer may be at hand.
 
@@ -65,8 +73,8 @@ class Porter(grpc.ServerInterceptor):
         self._threads, self._checks, self._streams = threads, checks, streams
         self._awaited: dict[str, int] = {}
         """Calls of each client whose message has not come."""
-        self._due: dict[grpc.ServicerContext, tuple[float, float]] = {}
-        """Since when (time.monotonic) a call waits for its message, and until when it may."""
+        self._due: dict[grpc.ServicerContext, _Wait] = {}
+        """Of each call whose message has not come."""
         self._handlers: dict[str, Any] = {}
         """Of each method that there is, made when it is called first."""
         self._lock, self._closed = threading.Lock(), threading.Event()
@@ -112,7 +120,7 @@ class Porter(grpc.ServerInterceptor):
                     self._dispatcher.admit(client, repeats=any(key == RETRY for key, _ in metadata))
                 elif path in ASKING:
                     self._dispatcher.admit_question(client)
-                self._begin_to_wait(client, context, within_s)
+                self._begin_to_wait(client, context, within_s, of_robots=ours)
             except Rejected as rejected:
                 self._answering.refuse(method, rejected, context)
             except Exception:
@@ -170,11 +178,13 @@ class Porter(grpc.ServerInterceptor):
                 log.info("%d calls were cancelled: their messages did not come", len(late))
 
     def _late(self, now: float) -> list[grpc.ServicerContext]:
-        long = [context for context, (since, _) in self._due.items() if now - since >= CROWDED_S]
+        long = {c for c, wait in self._due.items() if wait.of_robots and now - wait.since >= CROWDED_S}
         crowded = len(long) >= self._threads / 2
-        return long if crowded else [context for context, (_, until) in self._due.items() if now >= until]
+        return [c for c, wait in self._due.items() if now >= wait.until or (crowded and c in long)]
 
-    def _begin_to_wait(self, client: str, context: grpc.ServicerContext, within_s: float) -> None:
+    def _begin_to_wait(
+        self, client: str, context: grpc.ServicerContext, within_s: float, *, of_robots: bool = False
+    ) -> None:
         with self._lock:
             waiting = self._awaited.get(client, 0)
             if waiting >= AWAITED:
@@ -183,13 +193,12 @@ class Porter(grpc.ServerInterceptor):
                 raise Rejected("server", expected, f"{AWAITED + 1}", remedy, Status.RESOURCE_EXHAUSTED)
             self._awaited[client] = waiting + 1
             now = time.monotonic()
-            self._due[context] = now, now + within_s
+            self._due[context] = _Wait(now, now + within_s, of_robots)
 
     def _wait_on(self, context: grpc.ServicerContext, within_s: float) -> None:
         with self._lock:
             if context in self._due:  # else the call is over
-                now = time.monotonic()
-                self._due[context] = now, now + within_s
+                self._due[context] = self._due[context]._replace(until=time.monotonic() + within_s)
 
     def _end_wait(self, client: str, context: grpc.ServicerContext) -> None:
         with self._lock:

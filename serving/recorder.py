@@ -99,19 +99,24 @@ class Recorder:
         self._thread.start()
 
     def put(
-        self, kind: type[Message], policy: Acting | None = None, *, told: int | None = None, **fields: Message | str
+        self,
+        kind: type[Message],
+        policy: Acting | None = None,
+        *,
+        size_bytes: int | None = None,
+        **fields: Message | str,
     ) -> None:
         """Hand over what makes a message of `kind`; none of it may change any more.
 
         Args:
             policy: what acts there. A file describes it before its first message, so that it can be read alone.
-            told: about how many bytes the fields are, where that is known: protobuf serialises them to say so.
+            size_bytes: about what the fields take, where that is known: protobuf serialises them to say so.
 
         The thread puts it together: to copy a frame takes 20 us, which a call would wait for.
         """
-        if told is None:
-            told = sum(field.ByteSize() if isinstance(field, Message) else len(field) for field in fields.values())
-        size = told + ITEM_BYTES
+        if size_bytes is None:
+            size_bytes = sum(f.ByteSize() if isinstance(f, Message) else len(f) for f in fields.values())
+        size = size_bytes + ITEM_BYTES
         with self._counting:
             if self._closing.is_set() or self._waiting_bytes + size > WAITING_BYTES:
                 self.dropped += 1

@@ -162,7 +162,7 @@ def _require_effect(given: RunConfig, config: RunConfig) -> None:
         ("--shift-m", given.shift_m, config.shift_m, config.augmentation == "se2", "--augmentation se2"),
         ("--eval-episodes", given.eval_episodes, config.eval_episodes, config.eval_every, "--eval-every"),
         ("--keep", given.keep, config.keep, config.eval_every, "--eval-every"),
-        ("--cql.gap-rate", given.cql.gap_rate, config.cql.gap_rate, config.cql.gap, "--cql.gap"),
+        ("--cql.gap-rate", given.cql.gap_rate, config.cql.gap_rate, config.cql.gap is not None, "--cql.gap"),
     ):
         if old != new and not read:
             raise ValueError(f"{flag} means nothing without {by}: add that, or leave it out")

@@ -85,7 +85,7 @@ def to_resume(output: Path, *flags: str) -> str:
 
 
 def lost_another(error: RuntimeError) -> bool:
-    """Whether it means that another process of the run has ended, which then says why itself."""
+    """Whether it comes of how processes talk: mostly another has ended, which then says why itself."""
     return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
 
 

@@ -31,7 +31,7 @@ def describe(run: Run) -> None:
         + f"; {run.device.type}, {_precision(run.bf16)}"
         + (f", {run.processes.count} processes" if run.processes.count > 1 else "")
     )
-    if run.bf16 != run.began_in_bf16:
+    if run.bf16 != run.began_in_bf16 and run.progress < 1:
         print(
             f"it learned in {_precision(run.began_in_bf16)} so far: what follows is not what it would have been there",
             file=sys.stderr,

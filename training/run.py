@@ -103,12 +103,10 @@ def _train(run: Run, evaluations: Evaluations | None) -> Path:
             try:
                 _loop(run, evaluations, stop)
             except OSError as error:  # the disk is full, and may have room for a checkpoint where one is replaced
+                again = to_resume(config.output)
                 with contextlib.suppress(OSError):
                     run.save()
-                told = (
-                    error if error.filename else f"{error}, of what lies in {config.output}"
-                )  # TensorBoard names none
-                raise OSError(f"{told}. When that is mended, continue with: {to_resume(config.output)}") from error
+                raise OSError(f"{_named(error, config.output)}. When that is mended, continue with: {again}") from error
             except EvaluationError as error:
                 run.save()
                 if not stop.wait(SAME_SIGNAL_S):  # who ends a whole job ends its evaluation first, perhaps
@@ -119,6 +117,11 @@ def _train(run: Run, evaluations: Evaluations | None) -> Path:
     finally:
         if evaluations is not None:
             evaluations.stop()
+
+
+def _named(error: OSError, output: Path) -> str:
+    """TensorBoard's writer names no file."""
+    return str(error) if error.filename else f"{error}, of what lies in {output}"
 
 
 def _clear_up(output: Path) -> None:
@@ -275,7 +278,8 @@ def _main() -> int:
         return 1
     except RuntimeError as error:
         if distributed.lost_another(error):
-            print("training stopped: another of its processes has ended", file=sys.stderr)
+            what = str(error).splitlines()[0]
+            print(f"training stopped: {what}; if another of its processes has ended, it says why", file=sys.stderr)
             return 1
         if not (isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error)):
             raise

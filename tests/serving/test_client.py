@@ -389,21 +389,36 @@ def test_an_episode_tells_what_was_not_applied_and_that_the_arm_rests(fickle):
 
 
 def test_a_connection_that_answers_no_more_holds_the_arm_no_longer_than_an_answer_could_be_of_use(fickle):
-    fickle.valid_s = 0.3
-    with PolicyClient(fickle.address, timeout_s=10.0) as client:
+    with PolicyClient(fickle.address, timeout_s=30.0) as client:
+        client.policy()
+        fickle.valid_s = 1.5
         client.act(scene(0))
-        fickle.delay_s = 3.0
-        for age_us, most_s in ((0, 0.3), (200_000, 0.1), (400_000, 0.0)):
-            begun = time.monotonic()
+        fickle.delay_s = 4.0
+        for age_us, most_s in ((0, 1.5), (1_000_000, 0.5)):
             with pytest.raises(PolicyError) as refused:
                 client.act(scene(0), age_us=age_us)
-            assert refused.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
-            assert time.monotonic() - begun < most_s + 0.25
-        fickle.delay_s, fickle.valid_s, fickle.failures = 0.0, 60.0, [grpc.StatusCode.RESOURCE_EXHAUSTED]
-        with pytest.raises(PolicyError):
+            assert refused.value.late
+            assert fickle.remaining_s[-1] < most_s + 0.2  # gRPC rounds them up
+
+
+def test_a_server_that_allows_more_than_before_is_given_that_time(fickle):
+    with PolicyClient(fickle.address, timeout_s=30.0) as client:
+        client.policy()
+        fickle.valid_s = 0.2
+        with suppress(PolicyError):  # on a busy machine it comes too late
             client.act(scene(0))
-        fickle.delay_s = 0.5  # another server, of other ways
-        assert client.act(scene(0)).action.any()
+        fickle.valid_s = 60.0
+        client.act(scene(0), age_us=300_000)  # too old for the one before
+        assert fickle.remaining_s[-1] > 20
+        client.act(scene(0))
+        assert fickle.remaining_s[-1] > 20
+        fickle.valid_s = 0.2
+        with suppress(PolicyError):
+            client.act(scene(0))
+        client.wait_ready()
+        fickle.valid_s = 60.0
+        client.act(scene(0))
+        assert fickle.remaining_s[-1] > 20
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED])

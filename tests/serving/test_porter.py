@@ -14,7 +14,7 @@ from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from protos.errors import RETRY, Rejected, Status
 from serving.porter import AWAITED
 from serving.security import new_token
-from serving.server import THREADS
+from serving.server import OTHER_THREADS, THREADS
 from tests.serving.load import connect
 from tests.serving.requests import acting, refusal
 from tests.serving.test_dispatcher import until
@@ -171,7 +171,7 @@ def test_whose_message_does_not_come_is_cancelled_and_all_others_are_answered(se
 
 def test_where_many_messages_do_not_come_nobody_waits_long_for_one(serve, healthy, monkeypatch):
     """A link may be slow; but a few connections together could take all threads for a quarter of a minute."""
-    for bound, seconds in (("MESSAGE_S", 60.0), ("CROWDED_S", 0.4)):
+    for bound, seconds in (("MESSAGE_S", 60.0), ("QUESTION_S", 20.0), ("CROWDED_S", 0.4)):
         monkeypatch.setattr(f"serving.porter.{bound}", seconds)
     running, never = serve(policy=(str(healthy),)), threading.Event()
 
@@ -181,10 +181,14 @@ def test_where_many_messages_do_not_come_nobody_waits_long_for_one(serve, health
     with ExitStack() as stack:
         idle = [stack.enter_context(connect(running.server.address)) for _ in range(THREADS // 2 // AWAITED)]
         calls = [without_message(one) for one in idle for _ in range(AWAITED - 1)]
+        streams = [stack.enter_context(connect(running.server.address)) for _ in range(OTHER_THREADS // AWAITED)]
+        asking = [one.stream_stream(REFLECT)(b"" for _ in range(1) if never.wait(20)) for one in streams * AWAITED]
         time.sleep(2.0)
+        assert not any(call.done() for call in asking)  # they take no robots' thread
         assert not any(call.done() for call in calls)
         calls += map(without_message, idle)
         until(lambda: all(call.done() for call in calls))
+        assert not any(call.done() for call in asking)
         never.set()
     assert {call.code() for call in calls} == {grpc.StatusCode.CANCELLED}
 

@@ -90,6 +90,27 @@ def test_a_robot_whose_frame_came_to_nothing_asks_again_and_misses_no_step(serve
     assert (episode.action == expected.action).all()
 
 
+def test_a_server_that_is_slow_once_does_not_end_an_evaluation(tmp_path, scene) -> None:
+    """Its answer could not have been of use any more, so nobody waits for it; the next frame's is taken."""
+    valid_s, slow = 2.0, []
+    with Server(settings(tiny_policy_file(tmp_path / "tiny.onnx", SPEC), valid_for_ms=1e3 * valid_s)) as server:
+        server.load()
+        act = server.dispatcher.act
+
+        def stalls(*call):
+            if len(slow) < 3:
+                slow.append(len(slow) == 2)
+                time.sleep(2 * valid_s * slow[-1])
+            return act(*call)
+
+        server.dispatcher.act = stalls
+        with PolicyClient(server.address, timeout_s=60.0) as client:
+            robot = Robot(client, patience_s=60.0)
+            assert len(robot.run(scene, seed=3)) == len(robot.latency_ms)
+    assert robot.refusals > 0
+    assert max(robot.latency_ms) < 1e3 * valid_s
+
+
 def test_a_robot_waits_for_a_server_that_has_no_room_for_its_episode_yet(tmp_path, scene) -> None:
     with Server(settings(tiny_policy_file(tmp_path / "tiny.onnx", SPEC), max_episodes=1)) as full:
         full.load()

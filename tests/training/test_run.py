@@ -303,6 +303,13 @@ def test_a_flag_that_nothing_reads_is_refused(flags: str, missing: str) -> None:
     parse([*words, *missing.split(), *(() if " " in missing else ("5",))])
 
 
+def test_a_gap_of_nothing_is_a_gap() -> None:
+    assert (
+        parse(["--dataset", "d", "--output", "o", "--algo", "cql", "--cql.gap", "0", "--cql.gap-rate", "2"]).cql.gap
+        == 0
+    )
+
+
 def test_a_seed_that_torch_cannot_take_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--dataset", "d", "--output", "o", "--seed", str(2**64)])

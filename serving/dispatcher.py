@@ -181,8 +181,9 @@ class Dispatcher:
             raise _too_much()
 
     def _may_start(self, name: str) -> bool:
-        alone = self._rhythm.is_alone(name, time.monotonic())
-        share = self._concurrency if alone else max(1, self._concurrency - 1)
+        share = self._concurrency
+        if share > 1 and not self._rhythm.is_alone(name, time.monotonic()):
+            share -= 1
         return len(self._turns) < self._concurrency and self._running.get(name, 0) < share
 
     def _start(self, ticket: Ticket) -> None:

@@ -20,6 +20,11 @@ class _Unreadable:
     size: int
 
 
+def method_of(path: str) -> str:
+    """The name of the method at "/package.Service/Method"."""
+    return path.rpartition("/")[2]
+
+
 def kind_of(handler: Any) -> str:
     """Which attribute of a method's handler holds its function."""
     kinds = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
@@ -40,7 +45,7 @@ class Parser(grpc.ServerInterceptor):
     def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         handler = continuation(details)
         if handler is not None and details.method not in self._handlers:
-            self._handlers[details.method] = self._careful(handler, details.method.rpartition("/")[2])
+            self._handlers[details.method] = self._careful(handler, method_of(details.method))
         return self._handlers.get(details.method)
 
     def _careful(self, handler: Any, method: str) -> Any:

@@ -13,7 +13,7 @@ import grpc
 from protos.errors import RETRY, Rejected, Status
 from serving.answering import Answering
 from serving.dispatcher import Dispatcher
-from serving.parsing import kind_of
+from serving.parsing import kind_of, method_of
 from serving.security import Gate, closed
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Porter(grpc.ServerInterceptor):
         pool = None if path.startswith(OURS) else self._streams if handler.unary_unary is None else self._checks
         if pool is not None and pool.full:
             # On a robots' thread, for a moment: in a pool's line, it would count among the calls at once.
-            return closed(handler, functools.partial(self._answering.refuse, _name(path), NO_THREAD))
+            return closed(handler, functools.partial(self._answering.refuse, method_of(path), NO_THREAD))
         if path not in self._handlers:
             self._handlers[path] = self._guarded(handler, path, pool)
         return self._handlers[path]
@@ -105,7 +105,7 @@ class Porter(grpc.ServerInterceptor):
         return handler if pool is None else _on(pool, handler)
 
     def _waiting(self, handler: Any, path: str) -> Any:
-        method, behave = _name(path), handler.unary_unary
+        method, behave = method_of(path), handler.unary_unary
         ours = path.startswith(OURS)
         within_s = MESSAGE_S if ours else QUESTION_S
 
@@ -148,7 +148,7 @@ class Porter(grpc.ServerInterceptor):
             try:
                 self._begin_to_wait(peer, context, QUESTION_S)
             except Rejected as rejected:
-                self._answering.refuse(_name(path), rejected, context)
+                self._answering.refuse(method_of(path), rejected, context)
             if handler.unary_stream is None:
                 if not context.add_callback(lambda: self._end_wait(peer, context)):
                     self._end_wait(peer, context)
@@ -230,11 +230,6 @@ class Threads(ThreadPoolExecutor):
     def _leave(self) -> None:
         with self._taking:
             self._taken -= 1
-
-
-def _name(path: str) -> str:
-    """Of the method at "/package.Service/Method"."""
-    return path.rpartition("/")[2]
 
 
 def _on(pool: Threads, handler: Any) -> Any:

@@ -26,6 +26,7 @@ from grpc_health.v1 import health
 from protos.errors import Rejected, Status
 from protos.files import write_atomically
 from serving.errors import StartupError
+from serving.parsing import method_of
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ class Doorman(grpc.ServerInterceptor):
             try:
                 self._gate.require(details.method, details.invocation_metadata)
             except Rejected as rejected:
-                handler, method = continuation(details), details.method.rpartition("/")[2]
+                handler, method = continuation(details), method_of(details.method)
                 return handler and closed(handler, functools.partial(self._refused, method, rejected))
         return continuation(details)
 

@@ -1,11 +1,10 @@
 """GetAction over a real socket: what it answers, and that nothing invalid reaches the model."""
 
-import resource
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
@@ -17,6 +16,7 @@ from protos.equiserve.v1 import policy_pb2 as pb
 from protos.spaces import ACTION, Pose
 from serving.parsing import Parser
 from tests.makers import UNHURRIED_MS, far_scene, scene, small_spec, tiny_policy_file
+from tests.serving.load import Vitals
 from tests.serving.requests import acting, refusal
 
 FLOAT32, MILLIMETRES, UINT16 = pb.Observation.FLOAT32_METERS, pb.Observation.UINT16_MILLIMETERS, pb.Observation.UINT16
@@ -395,8 +395,9 @@ def test_what_is_no_field_s_is_not_kept_in_memory(how):
     handler = grpc.unary_unary_rpc_method_handler(lambda *_: None, pb.GetActionRequest.FromString)
     details = SimpleNamespace(method="/equiserve.v1.PolicyService/GetAction")
     careful = Parser(lambda *_: None).intercept_service(lambda _: handler, details)
-    before, kept = _resident_mib(), [careful.request_deserializer(sent) for _ in range(20)]
-    assert _resident_mib() - before < 20
+    vitals = Vitals(os.getpid())
+    before, kept = vitals.rss_mib(), [careful.request_deserializer(sent) for _ in range(20)]
+    assert vitals.rss_mib() - before < 20
     assert {message.SerializeToString() for message in kept} == {frame}
 
 
@@ -406,7 +407,3 @@ def _varint(number):
         encoded.append(number & 0x7F | 0x80)
         number >>= 7
     return bytes([*encoded, number])
-
-
-def _resident_mib():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20

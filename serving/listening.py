@@ -2,7 +2,7 @@
 
 import ipaddress
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 
 import grpc
 
@@ -33,7 +33,7 @@ def require_address(config: Config) -> None:
         )
 
 
-def transport(pool: ThreadPoolExecutor, interceptors: Sequence[grpc.ServerInterceptor]) -> grpc.Server:
+def transport(pool: Executor, interceptors: Sequence[grpc.ServerInterceptor]) -> grpc.Server:
     """A server that takes calls of bounded size and number, and notices who has vanished."""
     return grpc.server(
         pool,

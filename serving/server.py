@@ -14,8 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -24,7 +22,7 @@ from protos.equiserve.v1 import policy_pb2 as pb
 from protos.equiserve.v1 import policy_pb2_grpc as pb_grpc
 from serving import logs
 from serving.admin import PolicyAdminServicer
-from serving.answering import Answering, Arrival
+from serving.answering import Answering
 from serving.config import Config, parse
 from serving.dispatcher import Dispatcher
 from serving.errors import PolicyRefused, StartupError
@@ -32,7 +30,7 @@ from serving.frames import FrameWatch
 from serving.health import HealthService
 from serving.libc import share_heaps
 from serving.library import Library
-from serving.listening import bind, require_address, transport
+from serving.listening import MAX_CONCURRENT_CALLS, bind, require_address, transport
 from serving.metrics import Metrics
 from serving.parsing import Parser
 from serving.pipeline import Pipeline
@@ -44,6 +42,7 @@ from serving.servicer import PolicyServicer
 from serving.sessions import Sessions
 from serving.signals import STOPS, listen
 from serving.tracing import OpenTelemetry, Tracer
+from serving.workers import Workers
 
 log = logging.getLogger(__name__)
 Health = health_pb2.HealthCheckResponse
@@ -87,9 +86,10 @@ class Server:
         )
         self.sessions = Sessions(config.max_episodes, config.episode_idle_s)
         self.recorder: Recorder | None = None
-        threads = max(THREADS, 2 * (config.concurrency + config.queue))
-        pool = _Workers(threads)
-        self.answering = Answering(self.metrics, self.gate, OpenTelemetry() if config.trace else Tracer(), pool.arrival)
+        threads = min(max(THREADS, 2 * (config.concurrency + config.queue)), MAX_CONCURRENT_CALLS)
+        self._workers = Workers(threads)
+        tracer = OpenTelemetry() if config.trace else Tracer()
+        self.answering = Answering(self.metrics, self.gate, tracer, self._workers.arrival)
         self._porter = Porter(
             self.dispatcher,
             self.gate,
@@ -99,11 +99,12 @@ class Server:
             streams=Threads(OTHER_THREADS),
         )
         doorman = [Doorman(self.gate, self.answering.refuse)] if config.tokens else []
-        self._grpc = transport(pool, [*doorman, self._porter, Parser(self.answering.refuse)])
+        self._grpc = transport(self._workers, [*doorman, self._porter, Parser(self.answering.refuse)])
         self._register()
         self.address = bind(self._grpc, config)
         self._record_and_count()
         self._porter.start()
+        self._workers.start()
         self._grpc.start()
 
     def _register(self) -> None:
@@ -153,6 +154,7 @@ class Server:
             # that callers have ended their episodes and are elsewhere by then.
             time.sleep(min(LAME_DUCK_S, self.config.grace_s))
         self._grpc.stop(self.config.grace_s).wait()
+        self._workers.shutdown()
         self._porter.close()
         answered = sum(n for (_, code), n in self.metrics.call_counts().items() if code == "OK")
         log.info(
@@ -202,26 +204,6 @@ class Server:
         count("expired", "Calls that left the line unanswered.", lambda: self.dispatcher.expired)
         count("flight_recorded", "Messages recorded.", lambda: self.recorder.recorded if self.recorder else 0)
         count("flight_dropped", "Messages not recorded.", lambda: self.recorder.dropped if self.recorder else 0)
-
-
-class _Workers(ThreadPoolExecutor):
-    """grpc's worker threads, and the arrival of the call that a thread is answering."""
-
-    def __init__(self, workers: int) -> None:
-        super().__init__(workers, thread_name_prefix="call")
-        self._call = threading.local()
-
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        submitted = time.perf_counter()
-
-        def timed() -> Any:
-            self._call.arrival = Arrival(submitted, time.perf_counter() - submitted)
-            return fn(*args, **kwargs)
-
-        return super().submit(timed)
-
-    def arrival(self) -> Arrival | None:
-        return getattr(self._call, "arrival", None)
 
 
 def check(config: Config) -> str:

@@ -21,8 +21,9 @@ from serving.client import PolicyClient
 from serving.config import parse
 from serving.errors import StartupError
 from serving.flight import files_of, read
+from serving.listening import MAX_CONCURRENT_CALLS
 from serving.security import new_token
-from serving.server import LAME_DUCK_S, SERVICES, Server
+from serving.server import LAME_DUCK_S, SERVICES, THREADS, Server
 from tests.makers import far_scene, scene, settings, tiny_policy_file
 from tests.serving.conftest import REPOSITORY, address_of
 from tests.serving.load import free_port
@@ -269,6 +270,21 @@ def test_insecure_is_a_choice(healthy):
     with Server(settings(healthy, listen="0.0.0.0:0", insecure=True)) as server:
         server.load()
         act(server.address.replace("0.0.0.0", "127.0.0.1"), scene(0))
+
+
+def callers_threads() -> int:
+    return sum(thread.name.startswith("call_") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(("queue", "threads"), [(4, THREADS), (10_000, MAX_CONCURRENT_CALLS)])
+def test_all_threads_are_there_before_the_first_call_and_gone_after_the_last(healthy, queue, threads):
+    before = callers_threads()
+    with Server(settings(healthy, queue=queue)) as server:
+        assert callers_threads() - before == threads
+        server.load()
+        act(server.address, scene(0))
+        assert callers_threads() - before == threads
+    assert callers_threads() == before
 
 
 @pytest.mark.parametrize("listen", ["", "localhost", "50051", ":50051", "localhost:port", "localhost:70000"])

@@ -14,6 +14,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit
 from tqdm import tqdm
 
+from protos.errors import Rejected
 from protos.files import write_atomically
 from sim_client.seeds import CALIBRATED
 from sim_client.workers import Partial, Record, episodes
@@ -21,6 +22,8 @@ from sim_client.workers import Partial, Record, episodes
 LEAST, MOST = 0.05, 4.0
 ROUNDS, EPISODES = 10, 60
 """All rounds count, each on scenes of its own: a rate of 40 % is met to 2 or 3 points."""
+OFF = 0.05
+"""A rate further from what was asked for than this is another kind of data."""
 USUAL_SLOPE = 3.0
 """Of the success rate's log-odds over the noise's logarithm; what is assumed before the first rounds say better."""
 
@@ -31,6 +34,8 @@ def calibrate(
     """(noise, its success rate), as near to `target` as noise can make it, from a logistic curve over all rounds.
 
     `make(noise)(first_seed)` is a recorder. Each round is kept in `folder`: an interrupted collection goes on there.
+
+    Raises Rejected where no noise comes near it.
     """
     kept = folder / "calibration.json"
     found = json.loads(kept.read_text()) if kept.exists() else {"tried": [], "successes": []}
@@ -47,10 +52,14 @@ def calibrate(
                 for episode in islice(endless, EPISODES):
                     successes[-1] += episode.success
                     bar.update()
-            scratch.remove()
             bar.set_postfix_str(f"noise {noise:.2f}: {successes[-1] / EPISODES:.0%}")
             noise, success = _noise_for(target, tried, successes)
             write_atomically(kept, json.dumps({"tried": tried, "successes": successes}).encode())
+            scratch.remove()
+    if abs(success - target) > OFF:
+        expected = f"{target:.0%} of its episodes to succeed"
+        got = f"{success:.0%} at a noise of {noise:.2f}, where {LEAST:g} to {MOST:g} were possible"
+        raise Rejected("--target-success", expected, got, "ask for another share, or say --noise")
     return noise, success
 
 

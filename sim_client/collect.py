@@ -18,6 +18,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from protos.errors import Rejected
+from protos.files import held
 from serving.errors import PolicyRefused
 from sim_client import TaskName
 from sim_client.behaviors import Actors, Mixture, parse
@@ -104,6 +106,9 @@ class Recorder:
         self._env = world.make(task)
         self._actors = Actors(self._env, noise)
         self._mixture, self._first_seed = mixture, first_seed
+
+    def close(self) -> None:
+        self._env.close()
 
     def __call__(self, index: int) -> Episode:
         seed, behavior = self._first_seed + index, self._mixture.of_episode(index)
@@ -192,8 +197,9 @@ def collect(config: Collect) -> Summary:
     """Record and write `config.output`.
 
     Raises:
-        FileExistsError: the output exists, or an interrupted collection asked for something else.
-        PolicyRefused, Rejected: a policy file cannot act here.
+        FileExistsError: the output exists, an interrupted collection asked for something else, or another process
+            records the same.
+        PolicyRefused, Rejected: a policy file cannot act here, or no noise comes near to --target-success.
         ValueError: only successes are to be kept, and there are none.
         OSError: the disk; what is recorded stays for the next run.
     """
@@ -204,11 +210,28 @@ def collect(config: Collect) -> Summary:
     if "policies" in about.notes:  # a file may have been replaced since
         request["policies"] = about.notes["policies"]
     partial = Partial(config.output, json.loads(json.dumps(request, default=str)))
+    try:
+        with held(partial.folder):
+            return _collect(config, about, partial)
+    except BlockingIOError as error:
+        raise FileExistsError(
+            f"another process records {config.output}: let it finish, or choose another --output"
+        ) from error
+
+
+def _collect(config: Collect, about: About, partial: Partial) -> Summary:
     noise, notes = config.noise or 0.0, dict(about.notes)
     if config.target_success is not None:
-        noise, reached = calibrate(
-            lambda noise: bind(_noisy_recorder, config, noise), partial.folder, config.target_success, config.workers
-        )
+        try:
+            noise, reached = calibrate(
+                lambda noise: bind(_noisy_recorder, config, noise),
+                partial.folder,
+                config.target_success,
+                config.workers,
+            )
+        except Rejected:
+            partial.remove()  # so that another share may have the place
+            raise
         notes |= {"target_success": config.target_success, "calibrated_success": reached}
     if any(behavior.kind == "noisy" for behavior in parse(config.behavior)):
         notes["noise"] = noise

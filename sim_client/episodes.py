@@ -94,8 +94,10 @@ def _array(where: str, name: str, values: Any, shape: tuple[int, ...]) -> NDArra
         raise Rejected(f"{where}, {name}", f"shape {shape}", f"shape {array.shape}")
     if not np.issubdtype(array.dtype, np.floating):
         raise Rejected(f"{where}, {name}", "float32 in the contract's unit", str(array.dtype))
-    _within(where, name, np.isfinite(array), array, "finite numbers")
-    return array.astype(np.float32)
+    with np.errstate(over="ignore"):
+        narrow = array.astype(np.float32)
+    _within(where, name, np.isfinite(narrow), array, "finite numbers, as float32")
+    return narrow
 
 
 def _within(where: str, name: str, good: NDArray[np.bool_], array: NDArray[np.floating], expected: str) -> None:

@@ -137,8 +137,11 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         KeyboardInterrupt: this and a PolicyError in the middle have a note of what was done until then.
     """
     print(f"waiting for {config.connection.server}, {config.wait_s:g} s at most", file=sys.stderr)
-    env = config.world.make(config.task)
+    with contextlib.closing(config.world.make(config.task)) as env:
+        return _evaluate(config, env)
 
+
+def _evaluate(config: Evaluate, env: gym.Env[Obs, NDArray[np.float32]]) -> dict[str, Any]:
     def connected(policy: str, version: str = "") -> PolicyClient:
         spec = unwrapped(env).spec_of_policy
         return PolicyClient.of(config.connection, policy, version, spec=spec, timeout_s=config.timeout_s)
@@ -163,7 +166,6 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
             error.add_note(f"after {len(episodes)} of {config.episodes} episodes, of which {succeeded} succeeded")
             raise
         seconds = time.perf_counter() - start
-    env.close()
     return _report(config, info, episodes, robot, seconds)
 
 

@@ -5,6 +5,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,10 +82,12 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
 
 
 def exit_code(work: Callable[[], str]) -> int:
-    """Do `work` and print what it returns: 0. 2 where it cannot be written, 130 by Ctrl-C, with a line that says so."""
+    """Do `work` and print what it returns: 0. Else say why not: 2 where it cannot be written or a worker was killed,
+    130 by Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, what is under way is cleared up
     try:
         print(work())
-    except OSError as error:
+    except (OSError, BrokenProcessPool) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """Domain randomisation: what differs from episode to episode besides where things are. All off unless asked for."""
 
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,8 +38,9 @@ class Randomization:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             top = {"friction": 0.9, "mass": 0.9, "size": 0.3, "missing_pixels": 0.5, "latency_s": 0.2, "distractors": 8}
-            if not 0 <= value <= top.get(f.name, math.inf):
-                raise ValueError(f"randomize.{f.name} must be between 0 and {top.get(f.name, math.inf)}, got {value}")
+            if not 0 <= value <= top.get(f.name, sys.float_info.max):
+                expected = f"between 0 and {top[f.name]}" if f.name in top else "finite and not negative"
+                raise ValueError(f"randomize.{f.name} must be {expected}, got {value}")
 
     @property
     def of_objects(self) -> bool:

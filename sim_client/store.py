@@ -218,7 +218,9 @@ def read(path: Path) -> Iterator[Episode]:
             except Rejected as error:
                 raise error.within(f"{path}, ") from error
             index += 1
-    except (OSError, KeyError, RuntimeError, AttributeError, AssertionError, TypeError) as error:
+    except Rejected:
+        raise
+    except (OSError, KeyError, RuntimeError, AttributeError, AssertionError, TypeError, ValueError) as error:
         _raise_if_unreadable(error)
         # What h5py and Minari say of a file that is cut short, or lacks or misnames a group.
         got = f"{type(error).__name__}: {error}"

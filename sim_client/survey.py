@@ -27,6 +27,7 @@ from sim_client.look import exit_code, save
 from sim_client.rollout import rollout
 from sim_client.seeds import SURVEYED
 from sim_client.tasks import TWINS, maker
+from sim_client.workers import end_with_the_parent
 from sim_client.world import World, unwrapped
 
 matplotlib.use("Agg")
@@ -179,8 +180,7 @@ def survey(config: Survey) -> str:
     for path in (config.output, *pictures.values()):
         require_writable(path)
     context = multiprocessing.get_context("spawn")
-    quiet = (signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the workers too
-    with ProcessPoolExecutor(config.workers, context, initializer=signal.signal, initargs=quiet) as pool:
+    with ProcessPoolExecutor(config.workers, context, initializer=_start) as pool:
         measured = pool.map(measure, config.tasks, [config.episodes] * len(config.tasks))
         try:
             results = list(tqdm(measured, total=len(config.tasks), unit="task", desc="survey"))
@@ -193,6 +193,12 @@ def survey(config: Survey) -> str:
     text = page(config, results)
     write_atomically(config.output, text.encode())
     return text
+
+
+def _start() -> None:
+    """A worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the workers too
+    end_with_the_parent()
 
 
 def main() -> int:

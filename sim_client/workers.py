@@ -14,15 +14,22 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from protos.files import write_atomically
 from sim_client.episodes import Episode
 
-Record = Callable[[int], Episode]
-"""Runs the episode of this number."""
+
+class Record(Protocol):
+    """Runs the episode of this number."""
+
+    def __call__(self, index: int) -> Episode: ...
+
+    def close(self) -> None:
+        """Let go of what it runs them in."""
+
 
 _record: Record | None = None  # of this worker process
 
@@ -107,12 +114,16 @@ def episodes(partial: Partial, make: Callable[[], Record], workers: int) -> Iter
     if workers == 1:
         record: Record | None = None
         index = 0
-        while True:
-            if not partial.path(index).exists():
-                record = record or make()
-                save(partial.path(index), record(index))
-            yield partial.load(index)
-            index += 1
+        try:
+            while True:
+                if not partial.path(index).exists():
+                    record = record or make()
+                    save(partial.path(index), record(index))
+                yield partial.load(index)
+                index += 1
+        finally:
+            if record:
+                record.close()
     else:
         yield from _parallel(partial, make, workers)
 
@@ -149,12 +160,16 @@ def _interrupts_held_back() -> Iterator[None]:
 
 def _start(make: Callable[[], Record]) -> None:
     global _record
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    end_with_the_parent()
     _record = make()
 
 
-def _end_with_the_parent() -> None:
+def end_with_the_parent() -> None:
     """A worker holds both ends of the queue that it waits at, and would not see that nobody is left to fill it."""
+    threading.Thread(target=_wait_for_its_end, daemon=True).start()
+
+
+def _wait_for_its_end() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

@@ -27,6 +27,12 @@ class World:
     there. No other task has it."""
     randomize: Randomization = field(default_factory=Randomization)
 
+    def __post_init__(self) -> None:
+        if self.view == "topdown" and self.elevation_deg != type(self).elevation_deg:
+            raise ValueError(
+                f"--elevation-deg {self.elevation_deg:g} is the side view's: say --view side, or leave it out"
+            )
+
     def env_kwargs(self) -> dict[str, Any]:
         """What differs from the defaults, as keyword arguments of `TabletopEnv` that JSON can hold."""
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "randomize"}

@@ -1,6 +1,7 @@
 """Small real objects for tests: specs, scenes, and policy.onnx files truly equivariant, or broken in one way."""
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ TABLE_M = 0.3
 GOLDEN_SCENES = 4
 BREAKS = ("transposed", "mirrored", "gripper_dead", "nan", "scaled", "still", "lopsided", "crowded")
 """Exports that must be refused, see `_graph`. The other switches are for tests of what a running server does."""
+CONVENTIONS = [(r, c) for r, c in itertools.permutations([(1, 0), (-1, 0), (0, 1), (0, -1)], 2) if not np.dot(r, c)]
+"""All pairs of a view's row_axis and col_axis: turned and mirrored ones."""
 UNHURRIED_MS = 60_000.0
 """How long an action is valid where a test is not about freshness: a busy machine may stop anyone for half a second."""
 

@@ -24,7 +24,6 @@ OPEN_ENOUGH_M = 0.09
 SETTLED_M_S = 0.05
 SLIDE_FRICTION_N = 2.0
 HANDLE_FRICTION = 0.4
-TRAY_KG = 0.4
 
 SPREAD_M = 0.09
 """The middle of the pull lies within this radius of the workspace's centre: as hard from every side."""
@@ -45,8 +44,9 @@ class DrawerOpening:
             self._body, 0, p.VELOCITY_CONTROL, targetVelocity=0, force=SLIDE_FRICTION_N * traits.friction,
             physicsClientId=client,
         )  # fmt: skip
+        tray_kg = p.getDynamicsInfo(self._body, 0, physicsClientId=client)[0]
         p.changeDynamics(
-            self._body, 0, lateralFriction=HANDLE_FRICTION * traits.friction, mass=TRAY_KG * traits.mass,
+            self._body, 0, lateralFriction=HANDLE_FRICTION * traits.friction, mass=tray_kg * traits.mass,
             physicsClientId=client,
         )  # fmt: skip
         self._centre: Point = np.zeros(2)

@@ -17,14 +17,17 @@ from typing import Any
 import gymnasium
 import minari
 import numpy as np
+import pybullet as p
 import pytest
 
+from protos.errors import Rejected
+from protos.files import held
 from protos.spaces import ACTION, SPEC
 from serving.errors import PolicyRefused
 from sim_client import ENV_IDS, workers
 from sim_client.behaviors import GOLDEN, uniform
 from sim_client.calibrate import EPISODES, ROUNDS, calibrate
-from sim_client.collect import Collect, Summary, _noisy_recorder, collect, main, prepare
+from sim_client.collect import Collect, Recorder, Summary, _noisy_recorder, collect, main, prepare, recorder
 from sim_client.episodes import Episode
 from sim_client.randomization import Randomization
 from sim_client.rollout import rollout
@@ -221,9 +224,21 @@ def test_the_noise_that_is_found_makes_an_expert_succeed_as_often_as_asked(
     assert len(set(seeds)) == len(seeds) == ROUNDS * EPISODES, "each round has scenes of its own"
 
 
+def test_a_share_that_no_noise_comes_near_is_refused_and_the_place_is_free(tmp_path: Path, monkeypatch) -> None:
+    """An expert that succeeds half the time however its hand shakes."""
+    monkeypatch.setattr("sim_client.calibrate.ROUNDS", 3)
+    outcomes = (SimpleNamespace(success=i % 2 == 0) for i in itertools.count())
+    monkeypatch.setattr("sim_client.calibrate.episodes", lambda *_: (outcome for outcome in outcomes))
+    asked = Collect(output=tmp_path / "d", task="block_picking", episodes=1, behavior="noisy", target_success=0.95)
+    with pytest.raises(Rejected, match=r"--target-success: expected 95% .*, got 60% at a noise of 0.05"):
+        collect(asked)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_calibrated_behaviour_says_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sim_client.calibrate.EPISODES", 1)
     monkeypatch.setattr("sim_client.calibrate.ROUNDS", 1)
+    monkeypatch.setattr("sim_client.calibrate.OFF", 1.0)
     collected(tmp_path / "d", episodes=2, behavior="noisy", target_success=0.5)
     notes = read_about(tmp_path / "d").notes
     assert notes["target_success"] == 0.5
@@ -308,6 +323,31 @@ def test_a_killed_collection_loses_at_most_the_running_episodes(tmp_path: Path) 
     for file in files:
         with np.load(folder / file) as whole:
             assert len(whole["depth"]) == len(whole["action"]) + 1
+
+
+def test_what_another_process_records_is_left_alone(tmp_path: Path) -> None:
+    config = Collect(output=tmp_path / "d", task="block_picking", episodes=2)
+    request = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "workers")}
+    others = workers.Partial(config.output, json.loads(json.dumps(request, default=str)))
+    with held(others.folder), pytest.raises(FileExistsError, match=r"another process records .*d: let it finish"):
+        collect(config)
+    assert others.folder.exists()
+    collect(config)
+
+
+def test_a_recorder_lets_go_of_its_physics(tmp_path: Path) -> None:
+    recorders: list[Recorder] = []
+
+    def make() -> Recorder:
+        recorders.append(recorder(Collect(output=tmp_path / "d", task="block_picking", episodes=1), 0.0))
+        return recorders[-1]
+
+    endless = workers.episodes(Partial(tmp_path / "d", {}), make, 1)
+    next(endless)
+    client = unwrapped(recorders[0]._env)._client
+    assert p.isConnected(client)
+    endless.close()  # type: ignore[attr-defined]
+    assert not p.isConnected(client)
 
 
 def test_what_was_left_of_another_collection_is_not_mixed_in(tmp_path: Path) -> None:

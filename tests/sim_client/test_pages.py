@@ -1,6 +1,10 @@
 """The commands that draw, for people: what cannot be written is told in a line, before the work."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -55,3 +59,31 @@ def test_a_ctrl_c_is_a_line_and_no_traceback(command: ModuleType, tmp_path: Path
     monkeypatch.setattr(sys, "argv", ["command", "--output", str(tmp_path / "x")])
     assert command.main() == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("killed", ["worker", "command"])
+def test_who_is_killed_leaves_no_traceback_and_no_worker(killed: str, tmp_path: Path) -> None:
+    """By the kernel, where memory is short."""
+    command = [sys.executable, "-m", "sim_client.survey", "--tasks", "block_picking", "--episodes", "100000"]
+    asked = ["--workers", "1", "--output", str(tmp_path / "tasks.md")]
+    with subprocess.Popen([*command, *asked], stderr=subprocess.PIPE, text=True) as process:
+        children, ends = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 60
+        while not (worker := [pid for pid in map(int, children.read_text().split()) if _spawned(pid)]):
+            assert time.monotonic() < ends
+            time.sleep(0.05)
+        os.kill(worker[0] if killed == "worker" else process.pid, signal.SIGKILL)
+        if killed == "worker":
+            assert process.wait(60) == 2
+            assert "\nstopped: " in process.stderr.read().replace("\r", "\n")
+    while Path(f"/proc/{worker[0]}").exists():
+        assert time.monotonic() < ends, "the worker stays for ever"
+        time.sleep(0.05)
+
+
+def _spawned(pid: int) -> bool:
+    """A worker of multiprocessing that waits for the end of its parent, not the tracker of resources."""
+    try:
+        threads = len([*Path(f"/proc/{pid}/task").iterdir()])
+        return threads > 1 and "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+    except FileNotFoundError:
+        return False

@@ -1,6 +1,7 @@
 """Domain randomisation: off it changes nothing, on it changes what it says, and the same seed draws the same world."""
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -198,9 +199,14 @@ def test_people_see_the_distractors_too() -> None:
     assert np.abs(frames[0].astype(int) - frames[1]).max() > 30  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("bad", [{"friction": 1.5}, {"size": -0.1}, {"missing_pixels": 0.9}, {"latency_s": 1.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"friction": 1.5}, {"size": -0.1}, {"missing_pixels": 0.9}, {"latency_s": 1.0}, {"camera_error_m": math.inf},
+     {"camera_error_rad": math.inf}, {"depth_noise_m": math.inf}, {"depth_noise_m": math.nan}],
+    ids=str,
+)  # fmt: skip
 def test_worlds_that_cannot_be_are_refused_by_name(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"randomize.{next(iter(bad))} must be between"):
+    with pytest.raises(ValueError, match=f"randomize.{next(iter(bad))} must be (between|finite)"):
         Randomization(**bad)
 
 
@@ -213,3 +219,9 @@ def test_a_world_s_settings_fit_into_json() -> None:
         "randomize": {"mass": 0.1},
     }
     assert World().env_kwargs() == {}
+
+
+@pytest.mark.parametrize("elevation_deg", [5.0, 30.0])
+def test_how_steeply_a_camera_looks_that_looks_straight_down_is_no_question(elevation_deg: float) -> None:
+    with pytest.raises(ValueError, match=r"--elevation-deg \d+ is the side view's: say --view side"):
+        World(elevation_deg=elevation_deg)

@@ -9,6 +9,7 @@ import h5py
 import minari
 import numpy as np
 import pytest
+from minari.data_collector.episode_buffer import EpisodeBuffer
 
 from protos.errors import Rejected
 from protos.files import SPARE_BYTES
@@ -76,6 +77,23 @@ def test_minari_itself_reads_filters_and_extends_it(tmp_path: Path) -> None:
     assert (dataset.total_episodes, dataset.total_steps) == (3, 12)
     assert len(dataset.filter_episodes(lambda episode: bool(episode.terminations[-1]))) == 1
     assert dataset.sample_episodes(1)[0].observations["depth"].dtype == np.float32
+    more = made(3)
+    buffer = EpisodeBuffer(
+        observations={"depth": more.depth, "gripper": more.gripper},
+        actions=more.action,
+        rewards=more.reward,
+        terminations=np.array([False] * 3 + [True]),
+        truncations=np.zeros(4, bool),
+    )
+    dataset.storage.update_episodes([buffer])  # one more
+    assert [len(episode) for episode in read(tmp_path / "d")] == [4, 4, 4, 4]
+    dataset.storage.update_episodes([replace(buffer, id=3)])  # and that one goes on
+    with h5py.File(tmp_path / "d" / "data" / "main_data.hdf5") as data:
+        assert {data[f"episode_3/{name}"].shape[0] for name in ("actions", "rewards", "terminations")} == {8}
+    dataset.storage.update_episodes([replace(buffer, id=0)])  # as does one of ours
+    with h5py.File(tmp_path / "d" / "data" / "main_data.hdf5") as data:
+        assert data["episode_0/observations/depth"].shape[0] == 10
+        assert data["episode_0/actions"].shape[0] == 8
 
 
 def test_arrays_of_another_precision_are_written_as_the_spaces_say(tmp_path: Path) -> None:

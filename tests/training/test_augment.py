@@ -1,6 +1,5 @@
 """Augmentation turns a batch as protos.symmetry turns its parts."""
 
-import itertools
 import math
 from dataclasses import replace
 
@@ -10,12 +9,10 @@ import torch
 
 from protos.spaces import ACTION, ObservationSpec, PolicySpec
 from protos.symmetry import Element
+from tests.makers import CONVENTIONS
 from tests.training.conftest import SMALL
 from training.batch import Batch, State
 from training.data.augment import randomly, transform
-
-AXES = [(1, 0), (-1, 0), (0, 1), (0, -1)]
-CONVENTIONS = [(r, c) for r, c in itertools.product(AXES, AXES) if np.dot(r, c) == 0]
 
 
 def batch_of(spec: PolicySpec, size: int = 5) -> Batch:

@@ -1,12 +1,10 @@
 """Equivariance through protos.symmetry, so that no convention can drift between networks, data and server."""
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +12,7 @@ from torch import nn
 from protos.errors import Rejected
 from protos.spaces import ACTION, SPEC, ObservationSpec, PolicySpec
 from protos.symmetry import EIGHTH_TURN, QUARTER_TURNS, Element
+from tests.makers import CONVENTIONS
 from tests.training.conftest import NETWORK, SMALL
 from training.batch import State
 from training.networks import steerable
@@ -21,8 +20,6 @@ from training.networks.family import EQUIVARIANCE, NetworkConfig, stages
 from training.networks.harmonic import Harmonics
 from training.networks.roles import make_actor, make_critic, make_value
 
-AXES = [(1, 0), (-1, 0), (0, 1), (0, -1)]
-CONVENTIONS = [(r, c) for r, c in itertools.product(AXES, AXES) if np.dot(r, c) == 0]
 EXACT = 1e-5
 
 

@@ -75,13 +75,15 @@ class Inspect:
 
     path: tyro.conf.Positional[Path]
     """The dataset, in any format that `import` reads."""
+    geometry: Path | None = None
+    """What the numbers of foreign data mean (docs/camera.toml); only for data that carry no contract."""
     html: Path | None = None
     """Also write a page with charts and depth filmstrips, one self-contained file."""
 
     def run(self) -> int:
         from training.data.page import text, write_page  # matplotlib takes as long to load as all the rest
 
-        about, episodes = open_dataset(self.path)
+        about, episodes = open_dataset(self.path, geometry=_geometry(self.geometry))
         kept: list[Episode] = []
         survey = Survey.of(about.spec, _keep_first(episodes, kept))
         files = [self.path] if self.path.is_file() else [f for f in self.path.rglob("*") if f.is_file()]
@@ -155,9 +157,6 @@ class Import:
                 "a directory without meta/info.json and .mcap files",
             )
         about, episodes = open_dataset(self.source, kind, _geometry(self.geometry), self._choice(kind))
-        left_out = ", ".join(f"{count} {what}" for what, count in about.notes.get("left_out", {}).items())
-        if kind == "flight" and left_out:
-            print(f"warning: {self.source}: left out: {left_out}", file=sys.stderr)
         return convert(self.output, "minari", about, episodes)
 
     def _choice(self, kind: str) -> Choice:

@@ -107,6 +107,8 @@ def _checked(path: Path, episodes: Iterable[Raw], about: About, geometry: Geomet
         episode = check(episode, about.spec, where)
         successes.append(episode.success)
         yield episode
+    if not successes:
+        raise Rejected(str(path), "at least one episode with a whole transition", "none")
     if geometry and geometry.success == "done" and len(successes) > 1 and all(successes):
         log.warning(
             "%s: all %d episodes succeed, by their done flags: if those only mark where recordings end, as LeRobot's "

@@ -122,6 +122,8 @@ def _value(path: Path, name: str, key: Key, value: Any) -> Any:
     if value is key.default:
         return value
     wrong = isinstance(value, bool) or not isinstance(value, key.kind) or value == ""
+    if isinstance(value, float) and not math.isfinite(value) and name != "depth.missing":
+        raise Rejected(f"{path}, {name}", f"{key.meaning}, a finite number, e.g. {example}", repr(value))
     if wrong or (key.choices and value not in key.choices):
         choices = f" (one of {', '.join(key.choices)})" if key.choices else ""
         raise Rejected(f"{path}, {name}", f"{key.meaning}{choices}, e.g. {example}", repr(value))

@@ -156,7 +156,7 @@ def filmstrip(episode: Episode, spec: PolicySpec, longest: float) -> Figure:
         axis.set(xticks=[], yticks=[])
         axis.set_title(_caption(episode, spec, int(step)), fontsize=8)
         if step < len(episode):
-            _arrow(axis, spec, episode.action[step, spec.action.slice_of("planar")], longest)
+            _arrow(axis, spec, episode.action[step], longest)
     _world_axes(figure.axes[0], spec)
     return figure
 
@@ -169,10 +169,11 @@ def _caption(episode: Episode, spec: PolicySpec, step: int) -> str:
     return f"{state}\n" + ", ".join(f"{name} {told[name]:g}" for name in ("p", "dz", "dtheta") if name in told)
 
 
-def _arrow(axis: Axes, spec: PolicySpec, planar: np.ndarray, longest: float) -> None:
-    bound = next(f.limit for f in spec.action.fields if f.name == "planar") or 1.0
-    if np.linalg.norm(planar) > MIN_ARROW * longest * bound:
-        _draw(axis, spec, np.zeros(2), planar * _stretch(longest), "red", "")
+def _arrow(axis: Axes, spec: PolicySpec, action: np.ndarray, longest: float) -> None:
+    for field in (f for f in spec.action.fields if f.kind is Kind.VECTOR):
+        motion = action[spec.action.slice_of(field.name)]
+        if np.linalg.norm(motion) > MIN_ARROW * longest * (field.limit or 1.0):
+            _draw(axis, spec, np.zeros(2), motion * _stretch(longest), "red", "")
 
 
 def _world_axes(axis: Axes, spec: PolicySpec) -> None:

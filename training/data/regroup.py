@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import random
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -48,7 +49,11 @@ class Split:
         for output, wanted in ((self.output_a, True), (self.output_b, False)):
             notes = about.notes | {"split": {"of": about.dataset_id, "share": self.share, "seed": self.seed}}
             part = (e for e, is_first in zip(open_dataset(self.path)[1], first, strict=True) if is_first is wanted)
-            convert(output, "minari", replace(about, notes=notes), part)
+            try:
+                convert(output, "minari", replace(about, notes=notes), part)
+            except BaseException:
+                shutil.rmtree(self.output_a, ignore_errors=True)  # a half would be in the way of the next attempt
+                raise
         return 0
 
 

@@ -86,6 +86,16 @@ def become(name: str, change: Callable[[np.ndarray], np.ndarray], index: int = 1
     return hdf5(replaced)
 
 
+def swap(name: str, value: Any) -> Breaker:
+    """Something else takes the place of an array of episode 1."""
+
+    def change(file: Any) -> None:
+        del file[f"episode_1/{name}"]
+        file[f"episode_1/{name}"] = value
+
+    return hdf5(change)
+
+
 def gone(name: str) -> Breaker:
     return hdf5(lambda file: file.__delitem__(name))
 
@@ -154,6 +164,13 @@ MINARI: dict[str, tuple[Breaker, str]] = {
     ),
     "a reward too few": (become("rewards", lambda r: r[:-1]), "episode 1, reward: expected shape (3,)"),
     "NaN reward": (put("rewards", (1,), np.nan), "episode 1, step 1, reward: expected finite"),
+    "a reward that is no row": (swap("rewards", np.float64(0)), "episode 1: expected an undamaged"),
+    "an end that is no row": (swap("terminations", np.bool_(False)), "episode 1: expected an undamaged"),
+    "a seed of text": (hdf5(lambda file: file["episode_1"].attrs.update({"seed": "abc"})), "expected an undamaged"),
+    "a reward beyond float32": (
+        become("rewards", lambda r: r.astype(np.float64) + 1e39),
+        "episode 1, step 0, reward: expected finite",
+    ),
     "an end too many": (become("truncations", lambda t: np.append(t, t)), "episode 1, truncation: expected shape (3,)"),
     "a termination before the end": (put("terminations", (1,), 1), "episode 1, step 1, termination"),
     "a truncation before the end": (put("truncations", (0,), 1), "episode 1, step 0, truncation"),

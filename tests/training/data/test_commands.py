@@ -7,17 +7,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
 import pytest
 
 from protos.spaces import SPEC as DEFAULT_SPEC
-from protos.spaces import GripperState
+from protos.spaces import ActionSpec, GripperState
 from sim_client import store
 from sim_client.episodes import Episode
+from tests.makers import CONVENTIONS
 from tests.training.data.makers import ABOUT, REPOSITORY, SPEC, assert_same, episode, minari
 from training.data.__main__ import main
+from training.data.convert import convert
 from training.data.page import bars, charts, filmstrip
 from training.data.regroup import draw, joined
 from training.data.survey import SECTORS, Survey
@@ -196,6 +199,25 @@ def test_arrows_point_where_the_scene_moves(dx: float) -> None:
     assert tail_row - head_row == pytest.approx(max(dx, 0.025) / (view.extent_m / view.height))
 
 
+@pytest.mark.parametrize(("row_axis", "col_axis"), CONVENTIONS)
+def test_the_axes_in_a_corner_are_the_worlds_also_where_the_view_is_mirrored(row_axis, col_axis) -> None:
+    spec = replace(SPEC, observation=replace(SPEC.observation, row_axis=row_axis, col_axis=col_axis))
+    first, view = filmstrip(episode(0), spec, longest=1.0).axes[0], spec.observation
+    arrows = [text for text in first.texts if getattr(text, "arrow_patch", None)][-2:]
+    for arrow, direction in zip(arrows, ((1, 0), (0, 1)), strict=True):
+        drawn = np.subtract(arrow.xy, arrow.xyann)[::-1]  # type: ignore[attr-defined]
+        seen = np.subtract(view.pixel_of(np.array(direction)), view.pixel_of(np.zeros(2)))
+        assert np.dot(drawn, seen) == pytest.approx(np.linalg.norm(drawn) * np.linalg.norm(seen))
+    assert [text.get_text() for text in first.texts if text.get_text()] == ["x", "y"]
+
+
+def test_a_planar_motion_may_have_any_name() -> None:
+    fields = tuple(replace(f, name="xy") if f.name == "planar" else f for f in SPEC.action.fields)
+    spec = replace(SPEC, action=ActionSpec(fields))
+    filmstrip(episode(0), spec, longest=1.0)
+    assert "xy, length" in {axis.get_title() for axis in charts(Survey.of(spec, [episode(0)])).axes}
+
+
 def test_charts_have_a_panel_per_field() -> None:
     titles = {axis.get_title() for axis in charts(Survey.of(SPEC, [episode(0)])).axes}
     assert {"gripper", "planar, length", "lift", "yaw", "episode length", "return"} <= titles
@@ -230,6 +252,21 @@ def test_split_divides_whole_episodes_evenly_and_the_same_way_again(path: Path, 
         "share": 0.75,
         "seed": 3,
     }
+
+
+def test_a_split_that_fails_half_way_leaves_nothing_in_the_way(path: Path, tmp_path: Path, monkeypatch) -> None:
+    converted, outputs = [], ["--output-a", str(tmp_path / "a"), "--output-b", str(tmp_path / "b")]
+
+    def full_at_the_second(output: Path, *arguments: Any) -> int:
+        converted.append(output)
+        if len(converted) == 2:
+            raise OSError(28, "No space left on device")
+        return convert(output, *arguments)
+
+    monkeypatch.setattr("training.data.regroup.convert", full_at_the_second)
+    assert main(["split", str(path), "--share", "0.5", *outputs]) == 2
+    assert list(tmp_path.iterdir()) == []
+    assert main(["split", str(path), "--share", "0.5", *outputs]) == 0
 
 
 def test_a_split_by_no_share_is_refused(path: Path, tmp_path: Path) -> None:

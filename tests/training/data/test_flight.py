@@ -103,7 +103,7 @@ def robot(stub: Any, seed: int, outcome: Outcome.Outcome, steps: int = 5) -> tup
     return seen, did
 
 
-def test_what_robots_did_is_what_training_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_robots_did_is_what_training_loads(tmp_path: Path, capsys, caplog) -> None:
     """Four robots at the same time, files that end in the middle of episodes, tight limits, and steps tried again."""
     recording, output = tmp_path / "flight", tmp_path / "set"
     policy = tiny_policy_file(tmp_path / "p.onnx", breaks=["wild"], golden_from="broken")
@@ -120,7 +120,7 @@ def test_what_robots_did_is_what_training_loads(tmp_path: Path, capsys: pytest.C
     assert main(["import", str(recording), "--format", "flight", "--output", str(output)]) == 0
     told = capsys.readouterr()
     assert told.out == f"{output}: 4 episodes, 18 transitions, 2 successful\n"
-    assert told.err == f"warning: {recording}: left out: 4 actions outside an episode\n"
+    assert caplog.messages == [f"{recording}: left out: 4 actions outside an episode"]
 
     by_first_frame = {e.depth[0].tobytes(): e for e in store.read(output)}
     for (seen, did), outcome in zip(flown, outcomes, strict=True):
@@ -138,7 +138,7 @@ def test_what_robots_did_is_what_training_loads(tmp_path: Path, capsys: pytest.C
     assert main(["validate", str(output)]) == 0
 
 
-def test_what_was_not_applied_is_no_data(tape: Tape, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_not_applied_is_no_data(tape: Tape, caplog: pytest.LogCaptureFixture) -> None:
     """The robot stood still: the frame after is as good as the one before, and nothing was done in between."""
     tape.begin("a")
     for step, applied in ((1, 0), (2, 0), (3, 0), (5, 3), (6, 5), (7, 5), (8, 5), (9, 8), (10, 9)):
@@ -149,7 +149,7 @@ def test_what_was_not_applied_is_no_data(tape: Tape, capsys: pytest.CaptureFixtu
     np.testing.assert_allclose(episode.action[:, 1], [0.003, 0.005, 0.008, 0.009, 0.01], rtol=1e-6)
     np.testing.assert_allclose(episode.depth[:-1, 0, 0], [0.303, 0.305, 0.308, 0.309, 0.31], rtol=1e-6)
     assert about.notes["left_out"] == {"actions that were not applied": 4}
-    assert "left out: 4 actions that were not applied" in capsys.readouterr().err
+    assert "left out: 4 actions that were not applied" in caplog.text
 
 
 def test_the_end_may_say_that_the_last_action_was_not_applied(tape: Tape) -> None:
@@ -233,7 +233,7 @@ def test_a_label_is_enough_for_an_episode_whose_server_was_killed(tape: Tape) ->
     assert lengths(tape) == [(3, True)]
 
 
-def test_a_gap_is_seen_also_where_the_end_is_missing(tape: Tape, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gap_is_seen_also_where_the_end_is_missing(tape: Tape, caplog: pytest.LogCaptureFixture) -> None:
     tape.episode("whole", Outcome.OUTCOME_SUCCESS)
     for episode, steps in (("gap", (0, 1, 5, 6)), ("begins late", (3, 4, 5))):
         tape.begin(episode)
@@ -242,12 +242,10 @@ def test_a_gap_is_seen_also_where_the_end_is_missing(tape: Tape, capsys: pytest.
     (tape.folder / "labels.toml").write_text('gap = true\n"begins late" = true')
     imported(tape, "--labels", str(tape.folder / "labels.toml"))
     assert lengths(tape) == [(3, True), (3, True)]
-    assert "1 episodes of which messages are missing" in capsys.readouterr().err
+    assert "1 episodes of which messages are missing" in caplog.text
 
 
-def test_episodes_with_gaps_or_without_a_transition_are_left_out(
-    tape: Tape, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_episodes_with_gaps_or_without_a_transition_are_left_out(tape: Tape, caplog: pytest.LogCaptureFixture) -> None:
     """Joined over a gap, two frames would be a transition that never was."""
     tape.episode("whole", Outcome.OUTCOME_SUCCESS)
     tape.begin("a message was dropped")
@@ -259,7 +257,7 @@ def test_episodes_with_gaps_or_without_a_transition_are_left_out(
     tape.episode("one step, and it failed", Outcome.OUTCOME_FAILURE, 1)
     imported(tape)
     assert lengths(tape) == [(3, True)]
-    assert "2 episodes of which messages are missing, 2 episodes without a whole transition" in capsys.readouterr().err
+    assert "2 episodes of which messages are missing, 2 episodes without a whole transition" in caplog.text
 
 
 def test_policies_of_two_tasks_are_not_mixed(tape: Tape, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,6 +321,17 @@ def test_flags_of_recordings_are_refused_with_other_data(
     (tmp_path / "lab.npz").touch()
     assert main(["import", str(tmp_path / "lab.npz"), "--output", str(tmp_path / "set"), *flags]) == 2
     assert "is no flight recording" in capsys.readouterr().err
+
+
+def test_every_command_tells_what_a_recording_has_that_it_leaves_out_once(tape: Tape, tmp_path: Path, caplog) -> None:
+    for name in ("one", "two", "three"):
+        tape.episode(name, Outcome.OUTCOME_SUCCESS)
+    tape.act("", 0)
+    tape.file.close()
+    outputs = ["--output-a", str(tmp_path / "a"), "--output-b", str(tmp_path / "b")]
+    for command in (["validate"], ["inspect"], ["split", "--share", "0.5", *outputs]):
+        assert main([command[0], str(tape.folder), *command[1:]]) == 0
+    assert caplog.text.count("left out: 1 actions outside an episode") == 1
 
 
 def test_a_recording_is_inspected_like_any_dataset(tape: Tape, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,11 @@
 """Formats: what goes out comes back, bit for bit, in the layouts that other people's tools expect."""
 
+import dataclasses
+import gc
 import io
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -14,6 +18,7 @@ from PIL import Image
 from protos.errors import Rejected
 from protos.files import SPARE_BYTES
 from sim_client import store
+from sim_client.episodes import Episode
 from tests.sim_client.test_store import small_disk
 from tests.training.data.makers import ABOUT, REPOSITORY, SPEC, assert_same, episode, minari, npz_arrays
 from training.data.convert import detect, open_dataset, write_dataset
@@ -148,10 +153,10 @@ def test_without_a_last_frame_a_termination_repeats_one_and_a_truncation_drops_a
     assert not (failed.depth[-1] == failed.depth[-2]).all()
 
 
-def test_a_failure_of_one_action_is_left_out_where_no_frame_shows_what_came_of_it(tmp_path: Path, caplog) -> None:
-    path = foreign_robomimic(tmp_path / "lab.hdf5", next_obs=False)
+def fail_at_once(path: Path, demonstration: str) -> None:
+    """Only its first action is left, and it fails."""
     with h5py.File(path, "a") as file:
-        demo = file["data/demo_0"]
+        demo = file["data"][demonstration]
         for name, values in (("actions", np.zeros((1, 7))), ("rewards", [0.0]), ("dones", [0])):
             del demo[name]
             demo[name] = values
@@ -159,8 +164,16 @@ def test_a_failure_of_one_action_is_left_out_where_no_frame_shows_what_came_of_i
             first = demo[f"obs/{name}"][:1]
             del demo[f"obs/{name}"]
             demo[f"obs/{name}"] = first
+
+
+def test_a_failure_of_one_action_is_left_out_where_no_frame_shows_what_came_of_it(tmp_path: Path, caplog) -> None:
+    path = foreign_robomimic(tmp_path / "lab.hdf5", next_obs=False)
+    fail_at_once(path, "demo_0")
     assert [len(read) for read in open_dataset(path, geometry=read_geometry(CAMERA))[1]] == [6]
     assert "episode 0: left out: its only action failed" in caplog.text
+    fail_at_once(path, "demo_1")
+    with pytest.raises(Rejected, match=r"lab\.hdf5: expected at least one episode"):
+        list(open_dataset(path, geometry=read_geometry(CAMERA))[1])
 
 
 def test_lists_of_several_lengths_are_not_shuffled_into_one_shape() -> None:
@@ -221,6 +234,33 @@ def test_a_lerobot_dataset_whose_last_frames_another_tool_dropped_is_still_read(
     ended, cut = open_dataset(path)[1]
     assert len(ended) == len(episode(0))
     assert len(cut) == len(episode(1)) - 1
+
+
+def test_a_lerobot_dataset_is_written_with_one_episode_in_memory(tmp_path: Path) -> None:
+    frames = []
+
+    def watched() -> Iterator[Episode]:
+        for index in range(6):
+            made = episode(index, colour=True)
+            frames.extend((weakref.ref(made.depth), weakref.ref(made.gripper), weakref.ref(made.rgb)))
+            yield made
+            del made
+            gc.collect()
+            assert sum(frame() is not None for frame in frames) <= 3
+
+    write_dataset(tmp_path / "out", "lerobot", watched(), ABOUT)
+    assert_same(list(open_dataset(tmp_path / "out")[1]), [episode(index, colour=True) for index in range(6)])
+
+
+def test_colour_of_foreign_data_is_not_looked_at(tmp_path: Path) -> None:
+    """Nobody reads it where a geometry file says what a view is: one frame less than of depth is no mistake."""
+    arrays = {"depth": np.full((5, 64, 64), 250), "gripper": np.zeros(5), "action": np.zeros((4, 5))}
+    arrays |= {"episode_lengths": np.array([4]), "reward": np.eye(4)[3], "rgb": np.zeros((4, 64, 64, 3), np.uint8)}
+    geometry = dataclasses.replace(read_geometry(CAMERA), width=5, columns=tuple((i, 1.0, 0.0) for i in range(5)))
+    np.savez(tmp_path / "lab.npz", **arrays)
+    (read,) = open_dataset(tmp_path / "lab.npz", geometry=geometry)[1]
+    assert len(read) == 4
+    assert read.rgb is None
 
 
 def test_large_lerobot_datasets_are_spread_over_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

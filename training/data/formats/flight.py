@@ -3,6 +3,8 @@
 Read twice: first what there is, with which labels; then the frames, of the episodes that are under way alone.
 """
 
+import functools
+import logging
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +22,8 @@ from serving.flight import files_of
 from serving.flight import read as entries_of
 from sim_client.store import About, dataset_id
 from training.data.formats.raw import Array, Misused, Raw, Source, about_from_json
+
+log = logging.getLogger(__name__)
 
 SUCCESS_OF = {
     pb.EndEpisodeRequest.OUTCOME_SUCCESS: True,
@@ -74,6 +78,8 @@ def read(path: Path, choice: Choice) -> Source:
         if len(values) > 1:
             got = ", ".join(f"{value[:32]} of {policy}" for value, policy in values.items())
             raise Misused(f"{path}, {name}", "one in all episodes", got, "choose when you import it: --policy NAME")
+    if left_out:
+        _tell(path, ", ".join(f"{count} {what}" for what, count in left_out.items()))
     notes = {"recording": [file.name for file in files], "left_out": dict(left_out)}
     plain = about_from_json(known[0].contract, known[0].contract_digest, None, str(path))
     about = About(
@@ -84,6 +90,12 @@ def read(path: Path, choice: Choice) -> Source:
         notes=notes,
     )
     return Source(about, _episodes(files, chosen, about.spec))
+
+
+@functools.cache
+def _tell(path: Path, left_out: str) -> None:
+    """Once, however often a command reads it."""
+    log.warning("%s: left out: %s", path, left_out)
 
 
 @dataclass

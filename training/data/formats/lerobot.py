@@ -160,7 +160,7 @@ def _raw(table: pa.Table, names: Mapping[str, str], ours: dict[str, Any] | None)
         truncated=told("truncated"),
         seed=told("seed"),
         behavior="unknown" if behavior is None else behavior,
-        rgb=frames("rgb"),
+        rgb=None if ours is None else frames("rgb"),  # of foreign data nobody reads it
     )
 
 

@@ -88,10 +88,10 @@ def row_of(episode: Episode, index: int, start: int, file: int, task: str) -> di
         f"{OURS}truncated": episode.truncated,
         f"{OURS}seed": episode.seed,
         f"{OURS}behavior": episode.behavior,
-        f"{OURS}depth": episode.depth[-1],
-        f"{OURS}gripper": episode.gripper[-1],
+        f"{OURS}depth": episode.depth[-1].copy(),  # a view would keep all frames until the last episode is written
+        f"{OURS}gripper": episode.gripper[-1].copy(),
     }
-    return row if episode.rgb is None else row | {f"{OURS}rgb": episode.rgb[-1]}
+    return row if episode.rgb is None else row | {f"{OURS}rgb": episode.rgb[-1].copy()}
 
 
 @dataclass

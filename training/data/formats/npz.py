@@ -33,6 +33,8 @@ def read(path: Path, names: Mapping[str, str]) -> Source:
         about = about_from_json(_text(arrays["contract"]), *_own_words(arrays), str(path))
     lengths = _lengths(path, arrays)
     names = NAMES if about else names
+    if about is None:  # colour is for our own data: nobody reads it where a geometry file says what a view is
+        arrays.pop(names["rgb"], None)
     _require_lengths(path, arrays, names, lengths)
     return Source(about, _episodes(arrays, names, lengths))
 

@@ -28,6 +28,12 @@ from serving.turn import Caller, seconds_until
 log = logging.getLogger(__name__)
 
 DOMAIN = "equiserve"
+PATHS = {
+    method: f"/{service.full_name}/{method}"
+    for service in pb.DESCRIPTOR.services_by_name.values()
+    for method in service.methods_by_name
+}
+"""Of each method."""
 FINISHING = frozenset({"EndEpisode"})
 """What is taken though the server drains: how an episode went is known here alone, and no next server is told."""
 LATE_S = 0.005
@@ -98,12 +104,10 @@ class Answering:
     @contextmanager
     def __call__(self, method: str, context: grpc.ServicerContext) -> Iterator[Call]:
         """Turn what goes wrong into one gRPC status, and count the call under it. No traceback leaves the server."""
-        service = "PolicyAdmin" if method in ADMIN_METHODS else "PolicyService"
         refusal, call = None, self._call(context)
         with self._tracer.span(method, call.request_id) as span:
             try:
-                path = f"/equiserve.v1.{service}/{method}"
-                call.client = self._gate.require(path, context.invocation_metadata()) or call.client
+                call.client = self._gate.require(PATHS[method], context.invocation_metadata()) or call.client
                 if self.draining and method not in FINISHING:
                     remedy = "call another server, or wait for the next"
                     raise Rejected("server", "one that takes calls", "one that drains", remedy, Status.UNAVAILABLE)
@@ -167,9 +171,6 @@ class Answering:
 def _status(field: str, expected: str, got: str, remedy: str, status: Status) -> grpc.Status:
     """An overload refuses with the same words thousands of times."""
     return rpc_status.to_status(status_of(Rejected(field, expected, got, remedy, status)))
-
-
-ADMIN_METHODS = frozenset(pb.DESCRIPTOR.services_by_name["PolicyAdmin"].methods_by_name)
 
 
 def status_of(rejected: Rejected) -> status_pb2.Status:

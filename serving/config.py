@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -19,6 +19,8 @@ from serving.frames import FrameRules
 ENVIRONMENT = "EQUISERVE_"
 MOST = 10**9
 """The largest number that a setting may have: timers, and the fields of answers, hold no larger ones."""
+MOST_AT_ONCE = 1024
+"""Of threads, inferences and waiting calls."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Config:
     policies: Path | None = None
     """A folder of NAME.onnx files, served beside those. SIGHUP or PolicyAdmin loads what is new or changed there."""
     default_policy: str = ""
-    """The name that answers callers who name none; empty: the first."""
+    """The name that answers callers who name none; empty: the first --policy, or the only one in the folder."""
     listen: str = "localhost:50051"
     """HOST:PORT. Port 0 takes a free one; the line "serving on HOST:PORT" on stdout says which."""
     insecure: bool = False
@@ -75,10 +77,11 @@ class Config:
     """X0 X1 Y0 Y1 Z0 Z1: a box in the robot's base frame, metres. No motion ends outside; requests need a pose."""
     limits: dict[str, float] = field(default_factory=dict)
     """Tighter limits than the policies' own, NAME VALUE ...: action fields, or step_m, jump_m, jump_rad, z_floor_m.
-    jump_m and jump_rad bound the steps of an episode after its first."""
-    frozen_after: int = 10
+    jump_m and jump_rad bound the steps of an episode after its first. All that are given hold, wherever that is; of one
+    name, the flags' value before the environment's before the file's."""
+    frozen_after: int = FrameRules.frozen_after
     """Warn when a camera sends as many equal frames in a row; 0: never."""
-    invalid_share: float = 0.2
+    invalid_share: float = FrameRules.invalid_share
     """Warn when more than this share of a frame's pixels has no depth."""
     strict_frames: bool = False
     """Refuse such frames instead."""
@@ -113,14 +116,18 @@ class Config:
             "grace_s": 0, "record_file_mib": 1, "record_total_mib": 1,
         }  # fmt: skip
         for name, low in lowest.items():
-            if not low <= getattr(self, name) <= MOST:
-                raise StartupError(f"{name} must be {low} to {MOST}, got {getattr(self, name)}")
+            at_once = ("intra_op_threads", "concurrency", "queue", "max_batch")
+            most = MOST_AT_ONCE if name in at_once else 1 if name == "invalid_share" else MOST
+            if not low <= getattr(self, name) <= most:
+                raise StartupError(f"{name} must be {low} to {most}, got {getattr(self, name)}")
+        if self.frozen_after == 1:
+            raise StartupError("frozen_after must be 0 or at least 2: any frame is the same once running")
         if self.metrics_port is not None and not 0 <= self.metrics_port < 2**16:
             raise StartupError(f"metrics_port must be a port, 0 to 65535, got {self.metrics_port}")
         if not self.policy and not self.policies:
             raise StartupError("no policy: give --policy policy.onnx, or --policies FOLDER")
-        if self.policies and not self.policies.is_dir():
-            raise StartupError(f"--policies must be a folder, {self.policies} is none")
+        if self.policies and not os.path.isdir(self.policies):  # noqa: PTH112  Path's raises where nobody may look
+            raise StartupError(f"--policies must be a folder that can be read, {self.policies} is none")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise StartupError("--tls-cert and --tls-key go together")
         if self.tls_client_ca and not self.tls_cert:
@@ -152,9 +159,11 @@ class Config:
 
 SETTINGS = {f.name for f in fields(Config)} - {"check_config"}
 """What a file and the environment may name."""
-TEXTS = {name for name, kind in get_type_hints(Config).items() if kind in (str, Path, Path | None)}
+TEXTS = {"policy"} | {name for name, kind in get_type_hints(Config).items() if kind in (str, Path, Path | None)}
 """Of those, what is no number even where it looks like one: a policy may be called 1.10."""
-LINK = re.compile(r"(\w+_)?(service_(host|port(_\w+)?)|port(_\d+_\w+)?)")
+LINK = re.compile(r"(\w+_)?(service_(host|port(_\w+)?)|port_\d+_\w+)")
+LINKED = re.compile(r"(\w+_)?port")
+"""The same where the value is an address, as tcp://10.0.0.1:80."""
 
 
 def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> Config:
@@ -164,7 +173,11 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
         StartupError: naming the file and the setting that is unknown or does not fit.
     """
     flags = list(sys.argv[1:] if arguments is None else arguments)
-    settings = {**_from_file(flags), **_from_environment(environment)}
+    _require_flags_values(flags)
+    file, variables = _from_file(flags), _from_environment(environment)
+    settings = {**file, **variables}
+    if limits := {**_limits(file, "the file"), **_limits(variables, "the environment"), **_taken_limits(flags)}:
+        settings["limits"] = limits
     named = [flag.split("=")[0].removeprefix("--no-").removeprefix("--") for flag in flags if flag.startswith("--")]
     given = {name.replace("-", "_") for name in named}
     defaults = [part for name, value in settings.items() if name not in given for part in _as_flags(name, value)]
@@ -189,6 +202,7 @@ def _from_file(flags: list[str]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise StartupError(f"--config {path}: {error}") from error
     _require_known(settings, f"--config {path}")
+    _require_values(settings, f"--config {path}", str)
     return settings
 
 
@@ -196,16 +210,13 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     found = {k.removeprefix(ENVIRONMENT).lower(): v for k, v in environment.items() if k.startswith(ENVIRONMENT)}
     found = {name: text for name, text in found.items() if not _is_link(name, text)}
     _require_known(found, "the environment")
-    # Of ${RECORD:-} in a compose file, or of a name mistyped there. As a path it would be the current folder, and
-    # whoever meant to set tokens or a workspace must not have a server without.
-    if empty := [f"{ENVIRONMENT}{name.upper()}" for name, text in found.items() if not text]:
-        raise StartupError(f"the environment: {', '.join(sorted(empty))} must have a value, or not be there at all")
+    _require_values(found, "the environment", lambda name: f"{ENVIRONMENT}{name.upper()}")
     return {name: _value(name, text) for name, text in found.items()}
 
 
 def _is_link(name: str, text: str) -> bool:
     """Kubernetes tells every container of a namespace where a Service called equiserve, or equiserve-more, is."""
-    return bool(LINK.fullmatch(name)) and (name not in SETTINGS or "://" in text)
+    return bool(LINK.fullmatch(name)) or (bool(LINKED.fullmatch(name)) and "://" in text)
 
 
 def _value(name: str, text: str) -> Any:
@@ -214,7 +225,8 @@ def _value(name: str, text: str) -> Any:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-    return text if name in TEXTS and not isinstance(value, str) else value
+    is_text = isinstance(value, str) or (name == "policy" and isinstance(value, list))
+    return text if name in TEXTS and not is_text else value
 
 
 def _require_known(settings: Mapping[str, Any], where: str) -> None:
@@ -224,11 +236,48 @@ def _require_known(settings: Mapping[str, Any], where: str) -> None:
         raise StartupError(f"{where}: no setting is called {', '.join(unknown)}; there are {there_are}")
 
 
+def _require_values(settings: Mapping[str, Any], where: str, told: Callable[[str], str]) -> None:
+    """Of ${RECORD:-} in a compose file, or of a name mistyped there. As a path it would be the current folder, and
+    whoever meant to set tokens or a workspace must not have a server without."""
+    if empty := [told(name) for name, value in settings.items() if value == ""]:
+        raise StartupError(f"{where}: {', '.join(sorted(empty))} must have a value, or not be there at all")
+
+
+def _require_flags_values(flags: Sequence[str]) -> None:
+    """The same of --record "$RECORD" where nothing has set it."""
+    for before, flag in zip(("a flag", *flags), flags, strict=False):
+        if not flag or (flag.startswith("--") and flag.endswith("=")):
+            raise StartupError(f"{flag.removesuffix('=') or before} must have a value, or not be there at all")
+
+
+def _limits(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    limits = settings.get("limits", {})
+    if not isinstance(limits, dict):
+        raise StartupError(f"{where}: limits must be like {{ planar = 0.03 }}, got {limits}")
+    return limits
+
+
+def _taken_limits(flags: list[str]) -> dict[str, str]:
+    """Of all --limits among the flags, which are taken out: of two, argparse would forget the first."""
+    taken: dict[str, str] = {}
+    while "--limits" in flags:
+        start = flags.index("--limits")
+        end = next((i for i in range(start + 1, len(flags)) if flags[i].startswith("--")), len(flags))
+        pairs = flags[start + 1 : end]
+        if len(pairs) % 2 or not pairs:
+            raise StartupError(f"--limits takes pairs NAME VALUE, got {' '.join(pairs) or 'nothing'}")
+        taken |= dict(zip(pairs[::2], pairs[1::2], strict=True))
+        del flags[start:end]
+    return taken
+
+
 def _as_flags(name: str, value: Any) -> list[str]:
     flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
         return [flag] if value else []
     if name == "policy":
+        if not isinstance(value, str | list):
+            raise StartupError(f"policy must be text, or a list of it: got {value}")
         return [part for one in ([value] if isinstance(value, str) else value) for part in (flag, str(one))]
     if isinstance(value, dict):
         return [flag, *(str(part) for pair in value.items() for part in pair)]

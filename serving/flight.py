@@ -29,7 +29,7 @@ from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status
 from serving.envelope import SCALARS, Limits, Workspace
 
-PROFILE, LIBRARY = "equiserve.v1", "equiserve"
+PROFILE, LIBRARY = pb.DESCRIPTOR.package, "equiserve"
 SUFFIX = ".mcap"
 TOPICS: dict[str, type[Message]] = {
     "policy": pb.FlightPolicy,

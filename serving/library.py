@@ -5,6 +5,7 @@ folder (NAME.onnx).
 """
 
 import logging
+import math
 import re
 import threading
 import time
@@ -49,6 +50,8 @@ class Library:
     """Called when other names than before are live."""
 
     def __post_init__(self) -> None:
+        self._asked = ""
+        """The default that the server was told."""
         self._named: dict[str, Path] = {}
         self._withdrawn: dict[str, str] = {}
         """SHA-256 of a name's file, where that was unloaded on request: a look at the files does not bring it back."""
@@ -63,6 +66,7 @@ class Library:
         Raises:
             PolicyRefused, StartupError: and nothing is live.
         """
+        self._asked = default
         with self._loading:
             policies: list[Policy] = []
             for name, file in map(_split, self.files):
@@ -86,9 +90,15 @@ class Library:
             if not policies:
                 raise StartupError(f"no policy in {self.folder}: put NAME.onnx there, or give --policy")
             _require_apart(policies, unnamed={str(Path(file)) for name, file in map(_split, self.files) if not name})
+            known = ", ".join(dict.fromkeys(p.name for p in policies))
             if default and default not in [p.name for p in policies]:
-                known = ", ".join(p.name for p in policies)
                 raise StartupError(f"--default-policy must be one of {known}, got {default}")
+            if not (default or self.files) and len(found) > 1:  # the first would change with a file that is added
+                raise StartupError(
+                    f"--policies {self.folder} has several: say which acts for who names none, by "
+                    f"--default-policy, one of {known}"
+                )
+            _warn_of_the_idle(self.limits, policies)
             if stopped():
                 return False
             self.registry.publish(policies, default)
@@ -174,6 +184,10 @@ class Library:
                         said.append(f"{name} {policy.version} is live")
                 except Rejected as reason:
                     said.append(str(reason))
+            if not (self._asked or self.files) and len(found) > 1:
+                said.append(
+                    f"{self.folder} has several now: the next start needs --default-policy {self.registry.default}"
+                )
             for name in vanished:
                 try:
                     self.registry.remove(name)
@@ -229,6 +243,14 @@ class Library:
             log.info("  proof %s passed: %.3g, bound %.3g (%s)", proof.name, proof.measured, proof.bound, proof.detail)
         log.info("  warm: %.2f ms an action", policy.inference_ms)
         self.metrics.loaded("live")
+
+
+def _warn_of_the_idle(limits: Limits, policies: Sequence[Policy]) -> None:
+    """Whoever writes a limit that no policy exceeds may have meant another unit."""
+    for name, value in limits.fields.items():
+        own = [field.limit or math.inf for p in policies for field in p.spec.action.fields if field.name == name]
+        if own and max(own) <= value:
+            log.warning("--limits %s %g changes nothing: the policies' own is %g", name, value, max(own))
 
 
 def _require_apart(policies: Sequence[Policy], unnamed: set[str]) -> None:

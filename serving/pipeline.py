@@ -121,7 +121,11 @@ class Pipeline:
         age_s = request.observation.age_us / 1e6
         if age_s + call.elapsed_s >= self._valid_for_s:
             raise self._stale(age_s + call.elapsed_s)
-        look = self._frames.look((episode.id, call.client) if episode else (call.client,), observation)
+        try:
+            look = self._frames.look((episode.id, call.client) if episode else (call.client,), observation)
+        except Rejected:  # where the rules are strict
+            self._metrics.warned()
+            raise
         envelope, pose = episode.envelope if episode else self.envelope(policy), unpack_pose(request.observation)
         envelope.require_pose(pose)
         mode, seed = (episode.mode, (episode.seed, request.step)) if episode else (request.mode, request.seed)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
+from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import RETRY, Rejected, Status
 from serving.answering import Answering
 from serving.dispatcher import Dispatcher
@@ -18,7 +19,7 @@ from serving.security import Gate, closed
 
 log = logging.getLogger(__name__)
 
-OURS = "/equiserve.v1."
+OURS = f"/{pb.DESCRIPTOR.package}."
 NO_MESSAGE = "request: expected one message, got none"
 SERVICE = f"{OURS}PolicyService/"
 ACTING = frozenset(SERVICE + method for method in ("GetAction", "GetActionBatch"))

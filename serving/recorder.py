@@ -28,6 +28,8 @@ WAITING_BYTES, ITEM_BYTES = 32 * 2**20, 1024
 besides its own bytes."""
 FILE_MESSAGES = 4096
 """In one file, whatever their size: its index grows by 0.5 KiB a message and is in memory until the file is closed."""
+FEWEST_FILES = 4
+"""Of a full folder: with one, each new file would take the place of all that was recorded before."""
 TRY_AGAIN_S = 1.0
 GATHER_S = 0.02
 """How often the thread looks for messages. To be woken by each would cost the call that wakes it."""
@@ -75,7 +77,8 @@ class Recorder:
     """Writes into `folder`, a new file after `file_bytes` or FILE_MESSAGES; the oldest go when there would be more than
     `total_bytes`.
 
-    A file ends with the message that fills it, so it is larger by a part of that one.
+    A file ends with the message that fills it, so it is larger by a part of that one. There are FEWEST_FILES at
+    least: they are filled sooner where `total_bytes` is small.
 
     Args:
         limits: what the server keeps policies within.
@@ -86,7 +89,7 @@ class Recorder:
 
     def __init__(self, folder: Path, file_bytes: int, total_bytes: int, limits: Limits) -> None:
         self._folder, self._limits = folder, recorded(limits)
-        self._file_bytes, self._total_bytes = min(file_bytes, total_bytes), total_bytes
+        self._file_bytes, self._total_bytes = min(file_bytes, total_bytes // FEWEST_FILES), total_bytes
         self.recorded = self.dropped = 0
         self._queue: SimpleQueue[_Item | None] = SimpleQueue()
         self._waiting_bytes = 0

@@ -4,7 +4,6 @@ A token is 256 random bits, so its SHA-256 is as hard to turn back as it is to g
 the log holds names alone.
 """
 
-import contextlib
 import fcntl
 import functools
 import hashlib
@@ -16,6 +15,7 @@ import ssl
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health
 
+from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status
 from protos.files import write_atomically
 from serving.errors import StartupError
@@ -31,7 +32,7 @@ from serving.parsing import method_of
 log = logging.getLogger(__name__)
 
 ROLES = ("act", "admin")
-ADMIN_SERVICE = "equiserve.v1.PolicyAdmin"
+ADMIN_SERVICE = pb.DESCRIPTOR.services_by_name["PolicyAdmin"].full_name
 LINE = re.compile(r"(?P<name>[\w.-]{1,64}) (?P<roles>(act|admin)(,(act|admin))*) (?P<sha256>[0-9a-f]{64})", re.ASCII)
 
 
@@ -44,20 +45,25 @@ class Token:
     sha256: str
 
 
-def new_token(name: str, roles: Iterable[str], file: Path) -> str:
-    """Make a token, add its hash to `file`, and return it: it is nowhere else.
+HandOver = Callable[[str], AbstractContextManager[None]]
+"""Gives a token to its owner; the hash is written within."""
 
-    A new file is readable for its owner alone; one that was there keeps its owner, its mode and its place.
+
+def new_token(name: str, roles: Iterable[str], file: Path, hand_over: HandOver = lambda _: nullcontext()) -> str:
+    """Make a token, hand it over, add its hash to `file`, and return it: it is nowhere else.
+
+    What could not be handed over has no hash: its name would be taken, and nobody would have the token. A new file is
+    readable for its owner alone; one that was there keeps its owner, its mode and its place.
 
     Raises:
         StartupError: when the name is taken or not one.
         OSError: when the file cannot be read, written, or left to who owns it.
     """
     with _alone_in((file := file.resolve()).parent):
-        return _new_token(name, roles, file)
+        return _new_token(name, roles, file, hand_over)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Of two at once, one would read the file before the other has written it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +75,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _new_token(name: str, roles: Iterable[str], file: Path) -> str:
+def _new_token(name: str, roles: Iterable[str], file: Path, hand_over: HandOver) -> str:
     secret = secrets.token_urlsafe(32)
     line = f"{name} {','.join(roles)} {_sha256(secret)}"
     if not LINE.fullmatch(line):
@@ -83,10 +89,11 @@ def _new_token(name: str, roles: Iterable[str], file: Path) -> str:
     header = "# name roles sha256(token); made by python -m serving.tokens"
     before = file.read_text(encoding="utf-8") if there else header
     content = "\n".join([*before.splitlines(), line, ""]).encode()  # an editor may leave no last newline
-    if there:
-        write_atomically(file, content, mode=stat.S_IMODE(there.st_mode), owner=(there.st_uid, there.st_gid))
-    else:
-        write_atomically(file, content, mode=0o600)
+    with hand_over(secret):
+        if there:
+            write_atomically(file, content, mode=stat.S_IMODE(there.st_mode), owner=(there.st_uid, there.st_gid))
+        else:
+            write_atomically(file, content, mode=0o600)
     return secret
 
 

@@ -9,6 +9,7 @@ behind serving.dispatcher, so there are always threads left for health and for r
 
 import gc
 import logging
+import os
 import signal
 import sys
 import threading
@@ -55,6 +56,8 @@ SWITCH_S = 5e-4
 """How long a thread may keep the interpreter from others: at Python's 5 ms, refusals and health would wait so long."""
 LAME_DUCK_S = 0.5
 """Within this, a robot at 20 Hz has asked, tried three times again and told how its episode went: 0.25 s."""
+LAST_S = 0.5
+"""For threads to end that have done what they were asked."""
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 
 
@@ -154,7 +157,7 @@ class Server:
             # that callers have ended their episodes and are elsewhere by then.
             time.sleep(min(LAME_DUCK_S, self.config.grace_s))
         self._grpc.stop(self.config.grace_s).wait()
-        self._workers.shutdown()
+        self._workers.shutdown(wait=False)
         self._porter.close()
         answered = sum(n for (_, code), n in self.metrics.call_counts().items() if code == "OK")
         log.info(
@@ -163,6 +166,12 @@ class Server:
         if self.recorder is not None:
             self.recorder.close()
         self.metrics.close()
+        self._workers.ended(LAST_S)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is under way any more: an inference, or a policy's proofs, may outlive the grace."""
+        return self._workers.ended(0)
 
     def __enter__(self) -> "Server":
         return self
@@ -236,6 +245,10 @@ def serve(config: Config) -> None:
             print(f"serving on {server.address}", flush=True)
             server.stopping.wait()
         log.info("draining: no new calls, %g s for those in flight", config.grace_s)
+    if not server.is_idle:
+        log.warning("a call is under way after all this time, and ends here")
+        logging.shutdown()
+        os._exit(0)  # a thread that comes back from onnxruntime while Python ends would abort the process
 
 
 def refresh_when(asked: threading.Event, server: Server) -> None:

@@ -1,14 +1,17 @@
 """Make a bearer token: `python -m serving.tokens arm-1 --role act --file tokens`. It is shown once and kept nowhere."""
 
+import functools
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from protos.files import whole
+from protos.files import require_absent, whole
 from serving.errors import StartupError
 from serving.security import new_token
 
@@ -17,8 +20,8 @@ from serving.security import new_token
 class NewToken:
     """Add a token's hash to the file that serving.server --tokens reads, and print the token, or write it to --output.
 
-    A server that runs takes it up at SIGHUP. To revoke one, remove its line and send SIGHUP. Exit code 1: nothing was
-    written.
+    A server that runs takes it up at SIGHUP. To revoke one, remove its line and send SIGHUP. Exit code 1: there
+    is no such token.
     """
 
     name: tyro.conf.Positional[str]
@@ -35,18 +38,31 @@ def main() -> int:
     asked = tyro.cli(NewToken, prog="python -m serving.tokens")
     try:
         if asked.output is None:
-            print(new_token(asked.name, asked.role, asked.file))
+            hand_over = _shown
+        elif asked.output.resolve() == asked.file.resolve():
+            raise StartupError(f"--output must be another file than --file {asked.file}: that one holds hashes alone")
         else:
-            _write(asked, asked.output)
+            require_absent(asked.output)
+            hand_over = functools.partial(_written, asked.output)
+        new_token(asked.name, asked.role, asked.file, hand_over)
     except (StartupError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0
 
 
-def _write(asked: NewToken, output: Path) -> None:
-    with whole(output) as made, os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        print(new_token(asked.name, asked.role, asked.file), file=file)
+@contextmanager
+def _shown(secret: str) -> Iterator[None]:
+    print(secret, flush=True)
+    yield
+
+
+@contextmanager
+def _written(output: Path, secret: str) -> Iterator[None]:
+    with whole(output) as made:
+        with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            print(secret, file=file)
+        yield
 
 
 if __name__ == "__main__":

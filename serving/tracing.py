@@ -1,11 +1,16 @@
 """OpenTelemetry spans, where they are wanted: one a call, with its phases. What exports them is OpenTelemetry's own."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from serving.errors import StartupError
 from serving.metrics import Phases
+
+log = logging.getLogger(__name__)
+
+START = "start by `opentelemetry-instrument python -m serving.server`, where OTEL_* say where the spans go"
 
 
 class Span:
@@ -36,8 +41,11 @@ class OpenTelemetry(Tracer):
         try:
             from opentelemetry import trace
         except ImportError as error:
-            raise StartupError("--trace needs OpenTelemetry: pip install opentelemetry-sdk") from error
+            install = "pip install opentelemetry-distro opentelemetry-exporter-otlp"
+            raise StartupError(f"--trace needs OpenTelemetry: {install}, and {START}") from error
         self._tracer = trace.get_tracer("equiserve", tracer_provider=provider)
+        if provider is None and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+            log.warning("--trace: OpenTelemetry has not been set up, and nothing is traced: %s", START)
 
     @contextmanager
     def span(self, method: str, request_id: str) -> Iterator[Span]:

@@ -5,6 +5,7 @@ caches, which costs a lone client 0.3 ms as soon as a flood has made all of its 
 cold").
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -71,9 +72,16 @@ class Workers(Executor):
                 self._line.clear()
         for rest in resting:
             rest.end(None)
-        for thread in self._threads if wait else ():
+        if wait:
+            self.ended(math.inf)
+
+    def ended(self, within_s: float) -> bool:
+        """Whether, after `shutdown`, all threads have come to their end by then."""
+        by = time.monotonic() + within_s
+        for thread in self._threads:
             if thread.ident is not None:  # else it never started
-                thread.join()
+                thread.join(max(0.0, by - time.monotonic()) if math.isfinite(by) else None)
+        return not any(thread.is_alive() for thread in self._threads)
 
     def arrival(self) -> Arrival | None:
         """Of the call that this thread is answering."""

@@ -164,7 +164,8 @@ def _graph(spec: PolicySpec, breaks: tuple[str, ...], with_value: bool, weight: 
     Smooth, nonlinear, and equivariant under every rotation of the grid up to float32 rounding. Switches:
         transposed, mirrored: the image is read so.
         gripper_dead: the gripper's input is multiplied by zero.
-        nan: every action is NaN.   nan_when_far: those of images beyond FAR_M are.
+        nan: every action is NaN.   nan_std, nan_value: every std or value is.
+        nan_when_far: the actions of images beyond FAR_M are.
         scaled: planar motion comes in other units.   wild: actions exceed their limits.
         still: no planar motion.   lopsided: planar motion has a part that does not turn.
         crowded: actions depend on what else is in the batch.
@@ -207,9 +208,14 @@ def _graph(spec: PolicySpec, breaks: tuple[str, ...], with_value: bool, weight: 
     g.add("Identity", normalized, output="normalized_action")
     scale = spec.action.scale * (np.array([1, 10, 10, 1, 1]) if "scaled" in breaks else 1)
     g.add("Add", g.add("Mul", normalized, scale), spec.action.centre, output="action")
-    g.add("Mul", g.add("Add", spread, 0.1), spec.action.scale, output="std")
+    std, value = g.add("Add", spread, 0.1), g.add("Sub", gripper, spread)
+    if "nan_std" in breaks:
+        std = g.add("Mul", std, float("nan"))
+    if "nan_value" in breaks:
+        value = g.add("Mul", value, float("nan"))
+    g.add("Mul", std, spec.action.scale, output="std")
     if with_value:
-        g.add("Squeeze", g.add("Sub", gripper, spread), np.array([1]), output="value")
+        g.add("Squeeze", value, np.array([1]), output="value")
     return _model(g, spec, with_value)
 
 

@@ -172,12 +172,16 @@ def another_input(path):
     onnx.save(model, path)
 
 
+def unsure(path):
+    tiny_policy_file(path, weight=3.0, breaks=["nan_std"], golden_from="broken")
+
+
 def missing(path):
     path.unlink()
 
 
 BAD = (truncated, garbage, transposed, lopsided, deaf, not_a_number, another_contract, weights_elsewhere)
-BAD += (operators_of_its_own, another_input, squeezed, no_text)
+BAD += (operators_of_its_own, another_input, squeezed, no_text, unsure)
 
 
 @pytest.mark.parametrize("candidate", BAD, ids=lambda c: c.__name__)

@@ -65,6 +65,8 @@ def test_a_switch_of_the_file_can_be_switched_off(file):
 def test_a_name_stays_a_name_where_it_looks_like_a_number(text):
     config = parse(["--policy", "p.onnx"], {"EQUISERVE_DEFAULT_POLICY": text, "EQUISERVE_RECORD": text})
     assert (config.default_policy, str(config.record)) == 2 * (text.strip('"'),)
+    if text != "[door]":  # which is a list of one, but for its quotes
+        assert parse([], {"EQUISERVE_POLICY": text}).policy == (text.strip('"'),)
 
 
 @pytest.mark.parametrize("name", ["RECORD", "POLICIES", "QUEUE", "TOKENS", "TLS_CLIENT_CA", "WORKSPACE", "LIMITS"])
@@ -72,6 +74,60 @@ def test_an_empty_variable_is_refused_by_its_name(name):
     """As ${RECORD:-} of a compose file leaves it. A path would be the current folder; a server without tokens, open."""
     with pytest.raises(StartupError, match=f"EQUISERVE_{name} must have a value, or not be there"):
         parse(["--policy", "p.onnx"], {f"EQUISERVE_{name}": ""})
+
+
+@pytest.mark.parametrize("name", ["record", "policies", "tokens", "metrics_host", "default_policy"])
+def test_an_empty_text_is_refused_wherever_it_stands(tmp_path, name):
+    """As `--record "$RECORD"` of a unit file leaves it where nothing has set the variable."""
+    flag = "--" + name.replace("_", "-")
+    for flags in ([flag, ""], [f"{flag}="]):
+        with pytest.raises(StartupError, match=f"{flag} must have a value, or not be there"):
+            parse(["--policy", "p.onnx", *flags, "--insecure"], {})
+    (tmp_path / "server.toml").write_text(f"policy = 'p.onnx'\n{name} = ''")
+    with pytest.raises(StartupError, match=f"server.toml: {name} must have a value"):
+        parse(["--config", str(tmp_path / "server.toml")], {})
+
+
+def test_limits_that_are_given_in_several_places_all_hold(file):
+    limits = parse(["--policy", "p.onnx", "--limits", "planar", "0.03", "--limits", "lift", "0.01"], {}).limits
+    assert limits == {"planar": 0.03, "lift": 0.01}
+    more = ["--limits", "jump_m", "0.04", "z_floor_m", "-0.2"]
+    limits = parse(
+        ["--config", file, *more], {"EQUISERVE_LIMITS": "{ lift = 0.02, planar = 0.01, jump_m = 9.0 }"}
+    ).limits
+    assert limits == {"planar": 0.01, "z_floor_m": -0.2, "lift": 0.02, "jump_m": 0.04}
+
+
+@pytest.mark.parametrize("pairs", [[], ["planar"], ["planar", "0.03", "lift"]], ids=len)
+def test_half_a_limit_is_refused(pairs):
+    with pytest.raises(StartupError, match="--limits takes pairs NAME VALUE"):
+        parse(["--policy", "p.onnx", "--limits", *pairs, "--limits", "yaw", "0.1"], {})
+
+
+def test_a_limit_that_no_policy_exceeds_is_told(healthy, caplog):
+    """Of millimetres, say."""
+    server.check(Config(policy=(f"a={healthy}",), limits={"planar": 30.0, "lift": 0.01}))
+    assert [m for m in caplog.messages if "--limits" in m] == [
+        "--limits planar 30 changes nothing: the policies' own is 0.05"
+    ]
+
+
+def test_who_acts_by_default_does_not_change_with_a_file_that_is_added(monkeypatch, capsys, tmp_path):
+    tiny_policy_file(tmp_path / "drawer.onnx")
+    assert checked(monkeypatch, "--policies", tmp_path) == 0
+    tiny_policy_file(tmp_path / "bowl.onnx", weight=2.0)
+    assert checked(monkeypatch, "--policies", tmp_path) == 1
+    assert "by --default-policy, one of bowl, drawer" in capsys.readouterr().err
+    assert checked(monkeypatch, "--policies", tmp_path, "--default-policy", "drawer") == 0
+    assert "by default drawer" in capsys.readouterr().out
+    assert checked(monkeypatch, "--policies", tmp_path, "--policy", f"door={tmp_path / 'drawer.onnx'}") == 0
+    assert "by default door" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["METRIC_PORT", "PORT", "LISTEN_PORT", "METRICSPORT"])
+def test_a_port_that_kubernetes_would_not_write_is_a_name_mistyped(name):
+    with pytest.raises(StartupError, match="no setting is called"):
+        parse(["--policy", "p.onnx"], {f"EQUISERVE_{name}": "9090"})
 
 
 def test_every_kind_of_setting_fits_into_a_variable():
@@ -121,6 +177,11 @@ def test_the_neighbours_that_kubernetes_tells_of_are_no_settings():
         ("listen = 'localhost:1'", {}, "no policy"),
         ("policies = '/nowhere'", {}, "must be a folder"),
         ("policy = 'a.onnx'\nmetrics_port = 70000", {}, "metrics_port must be a port"),
+        ("policy = 3", {}, "policy must be text"),
+        ("policy = 'a.onnx'\nlimits = 3", {}, "limits must be like"),
+        ("policy = 'a.onnx'\ninvalid_share = 20", {}, "invalid_share must be 0 to 1"),
+        ("policy = 'a.onnx'\nfrozen_after = 1", {}, "frozen_after must be 0 or at least 2"),
+        ("policy = 'a.onnx'\nintra_op_threads = 1000000", {}, "intra_op_threads must be 1 to 1024"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, content, environment, words):

@@ -47,6 +47,7 @@ def test_they_are_refused_where_that_is_asked_for(serve, healthy, message):
         running.stub.GetAction(message)
     code, parts = refusal(running.stub.GetAction, message)
     assert (code, parts["field"]) == ("FAILED_PRECONDITION", "observation.depth")
+    assert running.server.metrics.registry.get_sample_value("equiserve_frame_warnings_total") == 1
     running.stub.GetAction(acting(3))
 
 

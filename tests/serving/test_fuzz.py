@@ -8,7 +8,7 @@ import pytest
 from google.protobuf.message import Message
 
 from protos.equiserve.v1 import policy_pb2 as pb
-from serving.answering import ADMIN_METHODS
+from serving.answering import PATHS
 from serving.security import new_token
 from tests.serving.requests import acting
 
@@ -54,11 +54,7 @@ def mutated(content, rng):
 def fuzz(channel, count, seed=0, metadata=()):
     """Send so many mutated messages; how often each (method, status) came, and details that should not have."""
     rng, seen, leaked = random.Random(seed), Counter(), []
-    services = {name: "PolicyAdmin" if name in ADMIN_METHODS else "PolicyService" for name in SEEDS}
-    calls = {
-        name: channel.unary_unary(f"/equiserve.v1.{service}/{name}", lambda b: b, lambda b: b)
-        for name, service in services.items()
-    }
+    calls = {name: channel.unary_unary(PATHS[name], lambda b: b, lambda b: b) for name in SEEDS}
     contents = {name: message.SerializeToString() for name, message in SEEDS.items()}
     for _ in range(count):
         name = rng.choices(list(SEEDS), OFTEN)[0]

@@ -272,11 +272,37 @@ def test_insecure_is_a_choice(healthy):
         act(server.address.replace("0.0.0.0", "127.0.0.1"), scene(0))
 
 
+def test_what_outlives_the_grace_holds_up_no_end(healthy, tmp_path, monkeypatch):
+    """Of a policy's proofs, say: the recording has its index by then, and a process may end."""
+    secret = new_token("operator", ("admin",), tmp_path / "tokens")
+    server = Server(settings(healthy, grace_s=0.2, tokens=tmp_path / "tokens", record=tmp_path / "flight"))
+    server.load()
+    begun, over = threading.Event(), threading.Event()
+
+    def proves(*_):
+        begun.set()
+        over.wait(20)
+
+    monkeypatch.setattr(server.library, "load", proves)
+    with grpc.insecure_channel(server.address) as channel:
+        admin = pb_grpc.PolicyAdminStub(channel)
+        token = (("authorization", f"Bearer {secret}"),)
+        under_way = admin.LoadPolicy.future(pb.LoadPolicyRequest(name="x"), metadata=token)
+        assert begun.wait(5)
+        start = time.monotonic()
+        server.stop()
+        assert time.monotonic() - start < 5
+        assert under_way.code() is grpc.StatusCode.UNAVAILABLE
+    assert not server.is_idle
+    over.set()
+    until(lambda: server.is_idle)
+
+
 def callers_threads() -> int:
     return sum(thread.name.startswith("call_") for thread in threading.enumerate())
 
 
-@pytest.mark.parametrize(("queue", "threads"), [(4, THREADS), (10_000, MAX_CONCURRENT_CALLS)])
+@pytest.mark.parametrize(("queue", "threads"), [(4, THREADS), (1000, MAX_CONCURRENT_CALLS)])
 def test_all_threads_are_there_before_the_first_call_and_gone_after_the_last(healthy, queue, threads):
     before = callers_threads()
     with Server(settings(healthy, queue=queue)) as server:

@@ -100,7 +100,14 @@ def test_a_call_is_a_span_with_its_phases_and_status(serve, healthy):
     assert bad.attributes["rpc.grpc.status"] == "INVALID_ARGUMENT"
 
 
+def test_traces_that_go_nowhere_are_told(caplog):
+    OpenTelemetry(TracerProvider())
+    assert not caplog.messages
+    OpenTelemetry()
+    assert "nothing is traced: start by `opentelemetry-instrument python -m serving.server`" in caplog.text
+
+
 def test_traces_need_their_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
-    with pytest.raises(StartupError, match="pip install opentelemetry-sdk"):
+    with pytest.raises(StartupError, match=r"pip install opentelemetry-distro .* start by `opentelemetry-instrument"):
         OpenTelemetry()

@@ -27,7 +27,9 @@ REFUSED = [
     (["scaled"], "healthy", {"golden"}, "in d"),
     (["scaled"], "broken", {"golden"}, "in d"),  # action and normalized_action contradict each other
     (["crowded"], "broken", {"golden"}, "one by one: an answer depends on what else is in the batch"),
-    (["nan"], "healthy", {"finite"}, "NaN"),
+    (["nan"], "healthy", {"finite"}, "NaN or infinity in action, normalized"),
+    (["nan_std"], "broken", {"finite"}, "NaN or infinity in std"),
+    (["nan_value"], "broken", {"finite"}, "NaN or infinity in value"),
 ]
 
 

@@ -163,7 +163,7 @@ def test_every_file_describes_what_acts_in_it(record, tmp_path):
 
 def test_two_recorders_in_a_folder_leave_each_other_s_open_file(record, tmp_path):
     """As while one server takes over from another: what went into an unlinked file would be counted, and lost."""
-    quiet, busy = record(file_bytes=30_000, total_bytes=60_000), record(file_bytes=30_000, total_bytes=60_000)
+    quiet, busy = record(file_bytes=30_000, total_bytes=120_000), record(file_bytes=30_000, total_bytes=120_000)
     put(quiet, 0)
     wait_until(lambda: quiet.recorded == 1)
     for number in range(100, 130):
@@ -172,8 +172,10 @@ def test_two_recorders_in_a_folder_leave_each_other_s_open_file(record, tmp_path
     put(quiet, 1)
     quiet.close()
     assert [n for n in numbers_of(tmp_path) if n < 100] == [0, 1]
-    assert len(files_of(tmp_path)) <= 3
-    put(again := record(file_bytes=30_000, total_bytes=60_000), 200)  # nobody writes them any more
+    assert len(files_of(tmp_path)) <= 5
+    again = record(file_bytes=30_000, total_bytes=120_000)
+    for number in range(200, 230):  # nobody writes the others any more
+        put(again, number, 8192)
     again.close()
     assert [n for n in numbers_of(tmp_path) if n < 100] == []
 
@@ -184,6 +186,16 @@ def test_a_restart_goes_on_in_the_same_folder(record, tmp_path):
         put(recorder, number)
         recorder.close()
     assert numbers_of(tmp_path) == [0, 1]
+
+
+@pytest.mark.parametrize("file_bytes", [100_000, 1_000_000])
+def test_another_start_costs_no_recording_that_there_is_room_for(record, tmp_path, file_bytes):
+    """Also where a file may be as large as all of them together."""
+    for number in range(5):
+        recorder = record(file_bytes, total_bytes=1_000_000)
+        put(recorder, number)
+        recorder.close()
+    assert numbers_of(tmp_path) == [0, 1, 2, 3, 4]
 
 
 def test_a_clock_that_is_set_back_costs_no_recent_file(record, tmp_path, monkeypatch):

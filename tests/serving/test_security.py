@@ -6,6 +6,8 @@ import logging
 import os
 import ssl
 import stat
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -248,6 +250,36 @@ def test_a_token_file_keeps_its_owner_its_mode_and_its_place(tmp_path):
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
     assert link.is_symlink()
     assert [token.name for token in read_tokens(link)] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--output", "{}/nowhere/secret"], ["--output", "{}/tokens"], ["--output", "{}/there"]]
+)
+def test_a_token_that_nobody_has_has_no_hash(tmp_path, flags):
+    """Its name would be taken."""
+    (tmp_path / "there").touch()
+    (tmp_path / "nowhere").touch()
+    command = [sys.executable, "-m", "serving.tokens", "arm-1", "--file", str(tmp_path / "tokens")]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*command, *(f.format(tmp_path) for f in flags)], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr
+    assert not (tmp_path / "tokens").exists()
+    subprocess.run([*command, "--output", str(tmp_path / "secret")], check=True)
+    secret = (tmp_path / "secret").read_text().strip()
+    assert Gate(tmp_path / "tokens").require("/service/Method", [("authorization", f"Bearer {secret}")]) == "arm-1"
+
+
+def test_a_token_whose_hash_cannot_be_written_is_not_left_behind(tmp_path, monkeypatch, capsys):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("serving.security.write_atomically", full)
+    flags = ["--file", str(tmp_path / "tokens"), "--output", str(tmp_path / "secret")]
+    monkeypatch.setattr(sys, "argv", ["tokens", "arm-1", *flags])
+    assert make_token() == 1
+    assert "No space left" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tokens_made_at_once_are_all_kept(tmp_path):

@@ -4,16 +4,25 @@ import contextlib
 import ctypes
 from collections.abc import Callable
 
-_M_ARENA_MAX = -8
+_M_ARENA_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -8, -3, -1
 ARENAS = 2
 """Heaps that threads share. By default glibc gives nearly every worker its own, and each keeps what it once needed: a
 hundred reloads under load left 4 to 7 MiB behind, with two heaps 3."""
+
+LARGE_BYTES, SPARE_BYTES = 128 * 1024, 2 * 2**20
+"""What is larger has pages of its own, which go back when it is freed: by default, glibc takes it from the heaps once
+it has freed a larger one, and what is left between long-lived small blocks grows. And how much of a heap's end is kept
+for the next call."""
 
 
 def share_heaps() -> None:
     """Where the allocator is glibc's; nothing elsewhere. Before threads are made."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, ARENAS)
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in (
+            (_M_ARENA_MAX, ARENAS), (_M_MMAP_THRESHOLD, LARGE_BYTES), (_M_TRIM_THRESHOLD, SPARE_BYTES)
+        ):  # fmt: skip
+            mallopt(option, value)
 
 
 def _sched_yield(library: type[ctypes.CDLL]) -> Callable[[], object]:

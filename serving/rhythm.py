@@ -24,8 +24,9 @@ OFTEN_MISSED = 6
 """Who was refused so many calls in a row starves: beats can keep one client's calls just behind another's for ever."""
 MARGIN_S = 0.005
 """A place is kept free from so long before an inference would be in the way, and so long for a call that is late."""
-REMEMBERED = 256
-"""Clients, and who asks without acting; the one that was quiet longest goes."""
+REMEMBERED, QUIET_S = 256, 60.0
+"""Clients, and who asks without acting; the one that was quiet longest goes, and who was for so long: clients that come
+and go would be kept for hours."""
 
 
 @dataclass(slots=True)
@@ -108,12 +109,19 @@ class Rhythm:
     def asks(self, name: str, now: float) -> None:
         client = self._clients.get(name)
         if client is None:
-            if len(self._clients) >= REMEMBERED:
-                self._clients.popitem(last=False)
+            self._forget(now)
             client = self._clients[name] = _Client(now)
         client.ask(now)
         self._clients.move_to_end(name)
         self._asks.note(now)
+
+    def _forget(self, now: float) -> None:
+        """Who was quiet longest, to make room for one more."""
+        while self._clients:
+            longest = next(iter(self._clients.values()))
+            if len(self._clients) < REMEMBERED and now - longest.asks.last < QUIET_S:
+                break
+            self._clients.popitem(last=False)
 
     def admits_question(self, name: str, now: float) -> bool:
         """Whether a call of `name` that needs no model may be answered, and count it: as often as it pleases, but

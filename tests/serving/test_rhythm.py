@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from serving.rhythm import MARGIN_S, OFTEN_MISSED, ON_BEAT, REMEMBERED, WINDOW_S, Rhythm
+from serving.rhythm import MARGIN_S, OFTEN_MISSED, ON_BEAT, QUIET_S, REMEMBERED, WINDOW_S, Rhythm
 
 TURN_S, LIMIT_HZ = 0.010, 60.0
 
@@ -209,6 +209,16 @@ def test_names_do_not_pile_up():
     assert f"client {3 * REMEMBERED - 1}" in rhythm._clients
 
 
+def test_who_is_quiet_for_long_is_forgotten():
+    rhythm = Rhythm(1, 60.0)
+    for i in range(10):
+        rhythm.asks(f"visitor {i}", float(i))
+    for second in range(10, 100):
+        rhythm.asks("robot", float(second))
+    rhythm.asks("another", 100.0)
+    assert list(rhythm._clients) == ["robot", "another"]
+
+
 def test_who_asks_for_more_of_a_call_under_way_is_active_whoever_else_asked_since():
     rhythm = Rhythm(1, LIMIT_HZ)
     rhythm.asks("batch", 0.0)
@@ -230,9 +240,9 @@ def test_who_came_and_went_is_not_looked_at_again():
     rhythm = Rhythm(1, LIMIT_HZ)
     for i in range(REMEMBERED):
         rhythm.asks(f"client {i}", i / 1000)
-    rhythm.asks("robot", 100.0)
+    rhythm.asks("robot", QUIET_S / 2)
     rhythm._clients = clients = Counted(rhythm._clients)
-    assert list(rhythm._active(100.1)) == ["robot"]
+    assert list(rhythm._active(QUIET_S / 2 + 0.1)) == ["robot"]
     assert clients.looks == 2
 
 

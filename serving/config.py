@@ -260,6 +260,11 @@ def _limits(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _taken_limits(flags: list[str]) -> dict[str, str]:
     """Of all --limits among the flags, which are taken out: of two, argparse would forget the first."""
     taken: dict[str, str] = {}
+    flags[:] = [
+        part
+        for flag in flags
+        for part in (("--limits", flag.partition("=")[2]) if flag.startswith("--limits=") else (flag,))
+    ]
     while "--limits" in flags:
         start = flags.index("--limits")
         end = next((i for i in range(start + 1, len(flags)) if flags[i].startswith("--")), len(flags))

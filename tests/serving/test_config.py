@@ -91,6 +91,10 @@ def test_an_empty_text_is_refused_wherever_it_stands(tmp_path, name):
 def test_limits_that_are_given_in_several_places_all_hold(file):
     limits = parse(["--policy", "p.onnx", "--limits", "planar", "0.03", "--limits", "lift", "0.01"], {}).limits
     assert limits == {"planar": 0.03, "lift": 0.01}
+    assert parse(["--policy", "p.onnx", "--limits=lift", "0.01"], {"EQUISERVE_LIMITS": "{ yaw = 0.1 }"}).limits == {
+        "yaw": 0.1,
+        "lift": 0.01,
+    }
     more = ["--limits", "jump_m", "0.04", "z_floor_m", "-0.2"]
     limits = parse(
         ["--config", file, *more], {"EQUISERVE_LIMITS": "{ lift = 0.02, planar = 0.01, jump_m = 9.0 }"}

@@ -96,7 +96,7 @@ class Answering:
     def __init__(
         self, metrics: Metrics, gate: Gate, tracer: Tracer, arrival: Callable[[], Arrival | None] = lambda: None
     ) -> None:
-        self.metrics, self._gate, self._tracer, self._arrival = metrics, gate, tracer, arrival
+        self.metrics, self._gate, self.tracer, self._arrival = metrics, gate, tracer, arrival
         self.draining = False
         self._prefix, self._count = uuid.uuid4().hex[:8], itertools.count(1)
         self._throttle, self._failures = Throttle(), Throttle()  # a flood of refusals must not hide a failure
@@ -105,7 +105,7 @@ class Answering:
     def __call__(self, method: str, context: grpc.ServicerContext) -> Iterator[Call]:
         """Turn what goes wrong into one gRPC status, and count the call under it. No traceback leaves the server."""
         refusal, call = None, self._call(context)
-        with self._tracer.span(method, call.request_id) as span:
+        with self.tracer.span(method, call.request_id) as span:
             try:
                 call.client = self._gate.require(PATHS[method], context.invocation_metadata()) or call.client
                 if self.draining and method not in FINISHING:
@@ -132,7 +132,7 @@ class Answering:
         """Count, log and answer a refusal."""
         if call is None:  # refused before it reached its method
             call = self._call(context)
-            with self._tracer.span(method, call.request_id) as span:
+            with self.tracer.span(method, call.request_id) as span:
                 span.end(call.phases, rejected.status.value)
         self.metrics.record(method, rejected.status.value, call.elapsed_s, call.phases)
         if self._throttle.allows():

@@ -42,7 +42,7 @@ class Config:
     policies: Path | None = None
     """A folder of NAME.onnx files, served beside those. SIGHUP or PolicyAdmin loads what is new or changed there."""
     default_policy: str = ""
-    """The name that answers callers who name none; empty: the first --policy, or the only one in the folder."""
+    """The name that answers callers who name none; left out: the first --policy, or the only one in the folder."""
     listen: str = "localhost:50051"
     """HOST:PORT. Port 0 takes a free one; the line "serving on HOST:PORT" on stdout says which."""
     insecure: bool = False
@@ -98,7 +98,7 @@ class Config:
     record: Path | None = None
     """Write a flight recording into this folder (MCAP; `python -m serving.replay` reads it)."""
     record_file_mib: int = 256
-    """A new file is begun after so much, or sooner where messages are small."""
+    """A new file is begun after so much, or a quarter of the total, or sooner where messages are small."""
     record_total_mib: int = 4096
     """The oldest files of this folder go when together they exceed this."""
     log_format: Literal["text", "json"] = "text"
@@ -267,7 +267,8 @@ def _taken_limits(flags: list[str]) -> dict[str, str]:
     ]
     while "--limits" in flags:
         start = flags.index("--limits")
-        end = next((i for i in range(start + 1, len(flags)) if flags[i].startswith("--")), len(flags))
+        others = (i for i in range(start + 1, len(flags)) if flags[i].startswith("--") or flags[i] == "-h")
+        end = next(others, len(flags))
         pairs = flags[start + 1 : end]
         if len(pairs) % 2 or not pairs:
             raise StartupError(f"--limits takes pairs NAME VALUE, got {' '.join(pairs) or 'nothing'}")

@@ -57,6 +57,11 @@ class Library:
         """SHA-256 of a name's file, where that was unloaded on request: a look at the files does not bring it back."""
         self._loading = threading.Lock()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether files are being looked at, or prove themselves."""
+        return self._loading.locked()
+
     def open(self, default: str = "", *, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Load and prove everything, then go live with all of it together: True.
 
@@ -68,16 +73,21 @@ class Library:
         """
         self._asked = default
         with self._loading:
+            try:
+                found = self._in_folder()
+            except Rejected as away:
+                raise StartupError(str(away)) from away
+            if not (default or self.files) and len(found) > 1:  # the first would change with a file that is added
+                raise StartupError(
+                    f"--policies {self.folder} has several: say which acts for who names none, by "
+                    f"--default-policy, one of {', '.join(found)}"
+                )
             policies: list[Policy] = []
             for name, file in map(_split, self.files):
                 if stopped():
                     return False
                 policies.append(self._proved(Path(file), name))
             self._named = {p.name: Path(p.file) for p in policies}
-            try:
-                found = self._in_folder()
-            except Rejected as away:
-                raise StartupError(str(away)) from away
             for name, path in found.items():
                 if name in self._named:
                     raise StartupError(
@@ -90,14 +100,9 @@ class Library:
             if not policies:
                 raise StartupError(f"no policy in {self.folder}: put NAME.onnx there, or give --policy")
             _require_apart(policies, unnamed={str(Path(file)) for name, file in map(_split, self.files) if not name})
-            known = ", ".join(dict.fromkeys(p.name for p in policies))
             if default and default not in [p.name for p in policies]:
+                known = ", ".join(dict.fromkeys(p.name for p in policies))
                 raise StartupError(f"--default-policy must be one of {known}, got {default}")
-            if not (default or self.files) and len(found) > 1:  # the first would change with a file that is added
-                raise StartupError(
-                    f"--policies {self.folder} has several: say which acts for who names none, by "
-                    f"--default-policy, one of {known}"
-                )
             _warn_of_the_idle(self.limits, policies)
             if stopped():
                 return False
@@ -185,9 +190,8 @@ class Library:
                 except Rejected as reason:
                     said.append(str(reason))
             if not (self._asked or self.files) and len(found) > 1:
-                said.append(
-                    f"{self.folder} has several now: the next start needs --default-policy {self.registry.default}"
-                )
+                there_are = ", ".join(found)
+                said.append(f"{self.folder} has several now: the next start needs --default-policy, one of {there_are}")
             for name in vanished:
                 try:
                     self.registry.remove(name)

@@ -166,12 +166,13 @@ class Server:
         if self.recorder is not None:
             self.recorder.close()
         self.metrics.close()
+        self.answering.tracer.flush()
         self._workers.ended(LAST_S)
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call is under way any more: an inference, or a policy's proofs, may outlive the grace."""
-        return self._workers.ended(0)
+        """Whether nothing is under way any more: an inference, or a policy's proofs, may outlive the grace."""
+        return self._workers.ended(0) and not self.library.is_busy
 
     def __enter__(self) -> "Server":
         return self
@@ -246,7 +247,7 @@ def serve(config: Config) -> None:
             server.stopping.wait()
         log.info("draining: no new calls, %g s for those in flight", config.grace_s)
     if not server.is_idle:
-        log.warning("a call is under way after all this time, and ends here")
+        log.warning("a call, or a policy's proofs, are under way after all this time, and end here")
         logging.shutdown()
         os._exit(0)  # a thread that comes back from onnxruntime while Python ends would abort the process
 

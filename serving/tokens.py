@@ -53,16 +53,21 @@ def main() -> int:
 
 @contextmanager
 def _shown(secret: str) -> Iterator[None]:
+    if sys.stdout is None:
+        raise OSError("there is no stdout to show the token on: give --output")
     print(secret, flush=True)
     yield
 
 
 @contextmanager
 def _written(output: Path, secret: str) -> Iterator[None]:
-    with whole(output) as made:
-        with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            print(secret, file=file)
+    with whole(output) as made, os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        print(secret, file=file)
+    try:
         yield
+    except BaseException:
+        output.unlink()
+        raise
 
 
 if __name__ == "__main__":

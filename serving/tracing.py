@@ -12,6 +12,9 @@ log = logging.getLogger(__name__)
 
 START = "start by `opentelemetry-instrument python -m serving.server`, where OTEL_* say where the spans go"
 
+FLUSH_MS = 1000
+"""How long an end may take for the last spans to be sent."""
+
 
 class Span:
     """Nothing, where tracing is off."""
@@ -25,6 +28,9 @@ class Tracer:
 
     def span(self, method: str, request_id: str) -> AbstractContextManager[Span]:
         return _NOTHING
+
+    def flush(self) -> None:
+        """Send what waits to be."""
 
 
 _NOTHING = nullcontext(Span())
@@ -44,6 +50,7 @@ class OpenTelemetry(Tracer):
             install = "pip install opentelemetry-distro opentelemetry-exporter-otlp"
             raise StartupError(f"--trace needs OpenTelemetry: {install}, and {START}") from error
         self._tracer = trace.get_tracer("equiserve", tracer_provider=provider)
+        self._provider = provider or trace.get_tracer_provider()
         if provider is None and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             log.warning("--trace: OpenTelemetry has not been set up, and nothing is traced: %s", START)
 
@@ -51,6 +58,10 @@ class OpenTelemetry(Tracer):
     def span(self, method: str, request_id: str) -> Iterator[Span]:
         with self._tracer.start_as_current_span(method, attributes={"request_id": request_id}) as span:
             yield _Recording(span)
+
+    def flush(self) -> None:
+        if force := getattr(self._provider, "force_flush", None):  # the SDK's has one, the API's has none
+            force(FLUSH_MS)
 
 
 class _Recording(Span):

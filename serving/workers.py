@@ -1,8 +1,8 @@
 """The threads that answer robots' calls. All are there from the start, and who rested last answers next.
 
 `concurrent.futures.ThreadPoolExecutor` goes round: each call finds a thread whose stack has long left the processor's
-caches, which costs a lone client 0.3 ms as soon as a flood has made all of its threads (docs/serving.md, "A call is
-cold").
+caches. That costs a lone client half a millisecond as soon as a flood has made all of its threads (docs/serving.md,
+"Who rested last").
 """
 
 import math
@@ -37,7 +37,7 @@ class _Rest:
 
 
 class Workers(Executor):
-    """From `start` to `shutdown`, so many threads. What they are asked to do cannot be cancelled."""
+    """From `start` to `shutdown`, so many threads."""
 
     def __init__(self, count: int) -> None:
         self._resting: list[_Rest] = []
@@ -68,8 +68,9 @@ class Workers(Executor):
         with self._lock:
             self._closed = True
             resting, self._resting = self._resting, []
-            if cancel_futures:
-                self._line.clear()
+            left = [*self._line] if cancel_futures else []
+        for future, *_ in left:
+            future.cancel()
         for rest in resting:
             rest.end(None)
         if wait:
@@ -97,6 +98,8 @@ class Workers(Executor):
         if task is None:
             return False
         future, fn, args, kwargs, submitted = task
+        if not future.set_running_or_notify_cancel():
+            return True
         self._call.arrival = Arrival(submitted, time.perf_counter() - submitted)
         try:
             result = fn(*args, **kwargs)

@@ -210,13 +210,14 @@ def collect(config: Collect) -> Summary:
     if "policies" in about.notes:  # a file may have been replaced since
         request["policies"] = about.notes["policies"]
     partial = Partial(config.output, json.loads(json.dumps(request, default=str)))
-    try:
-        with held(partial.folder):
-            return _collect(config, about, partial)
-    except BlockingIOError as error:
-        raise FileExistsError(
-            f"another process records {config.output}: let it finish, or choose another --output"
-        ) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(partial.folder))
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"another process records {config.output}: let it finish, or choose another --output"
+            ) from error
+        return _collect(config, about, partial)
 
 
 def _collect(config: Collect, about: About, partial: Partial) -> Summary:
@@ -230,7 +231,8 @@ def _collect(config: Collect, about: About, partial: Partial) -> Summary:
                 config.workers,
             )
         except Rejected:
-            partial.remove()  # so that another share may have the place
+            if not any(partial.folder.glob("*.npz")):  # as an older version may have left them
+                partial.remove()  # so that another share may have the place
             raise
         notes |= {"target_success": config.target_success, "calibrated_success": reached}
     if any(behavior.kind == "noisy" for behavior in parse(config.behavior)):

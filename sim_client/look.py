@@ -30,7 +30,8 @@ class Look:
     """Draw one scene at four turns: the rendered frame, the depth view and the expert's (dx, dy) as an arrow.
 
     Turned counter-clockwise seen from above, everything in the depth view, the arrow included, must turn
-    counter-clockwise by the same angle. Exit code 0, or 2 when there can be no such picture.
+    counter-clockwise by the same angle. Exit code 0; 2 when there can be no such picture; 130 when it was
+    interrupted.
 
     Example: python -m sim_client.look --output docs/images/turned.png
     """

@@ -39,8 +39,8 @@ PICTURED_SEED, PICTURED_STEPS = 3, (0, 3)
 
 @dataclass(frozen=True)
 class Survey:
-    """Run every task's expert and write a page with pictures, success rates and speeds. Exit code 0, or 2 when they
-    cannot be written.
+    """Run every task's expert and write a page with pictures, success rates and speeds. Exit code 0; 2 when they
+    cannot be written, or a worker was killed; 130 when it was interrupted.
 
     Example: python -m sim_client.survey --episodes 500 --output docs/tasks.md
     """

@@ -367,7 +367,7 @@ def test_a_start_that_is_told_to_stop_goes_live_with_nothing(folder):
         asked.append(True)
         return len(asked) > 1
 
-    assert library.open(stopped=stopped) is False
+    assert library.open("door", stopped=stopped) is False
     assert not list(library.registry)
 
 

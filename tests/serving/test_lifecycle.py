@@ -298,6 +298,16 @@ def test_what_outlives_the_grace_holds_up_no_end(healthy, tmp_path, monkeypatch)
     until(lambda: server.is_idle)
 
 
+def test_proofs_of_a_file_that_changed_are_under_way_too(healthy):
+    """By SIGHUP, and then SIGTERM: a process that ended meanwhile as if nothing were would be aborted."""
+    with Server(settings(healthy)) as server:
+        server.load()
+        with server.library._loading:
+            server.stop()
+            assert not server.is_idle
+        assert server.is_idle
+
+
 def callers_threads() -> int:
     return sum(thread.name.startswith("call_") for thread in threading.enumerate())
 

@@ -8,7 +8,7 @@ import sys
 import grpc
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from protos.equiserve.v1 import policy_pb2 as pb
@@ -88,7 +88,7 @@ def test_a_call_is_a_span_with_its_phases_and_status(serve, healthy):
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     running = serve(policy=(str(healthy),))
-    running.server.answering._tracer = OpenTelemetry(provider)
+    running.server.answering.tracer = OpenTelemetry(provider)
     answer = running.stub.GetAction(acting(1))
     with pytest.raises(grpc.RpcError):
         running.stub.GetAction(pb.GetActionRequest())
@@ -98,6 +98,12 @@ def test_a_call_is_a_span_with_its_phases_and_status(serve, healthy):
     assert {f"{name}_ms" for name in ("decode", "queue", "inference", "safety", "encode")} <= set(good.attributes)
     assert good.attributes["inference_ms"] > 0
     assert bad.attributes["rpc.grpc.status"] == "INVALID_ARGUMENT"
+    exporter.clear()
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=60_000))
+    running.stub.GetAction(acting(1))
+    assert len(exporter.get_finished_spans()) == 1  # of the one that does not gather
+    running.server.stop()
+    assert len(exporter.get_finished_spans()) == 2
 
 
 def test_traces_that_go_nowhere_are_told(caplog):

@@ -282,6 +282,14 @@ def test_a_token_whose_hash_cannot_be_written_is_not_left_behind(tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_token_that_nobody_can_be_shown_is_not_made(tmp_path):
+    command = f"{sys.executable} -m serving.tokens arm-1 --file {tmp_path / 'tokens'} >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert b"no stdout" in done.stderr
+    assert not (tmp_path / "tokens").exists()
+
+
 def test_tokens_made_at_once_are_all_kept(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: new_token(f"arm-{name}", ("act",), tmp_path / "tokens"), range(40)))

@@ -72,6 +72,30 @@ def test_who_asked_is_told_what_went_wrong(workers: Workers):
     assert workers.submit(divmod, 7, 2).result(5) == (3, 1)
 
 
+def test_who_does_not_want_it_any_more_is_not_answered(workers: Workers):
+    resting(workers, 4)
+    hold, done = threading.Event(), []
+    held = [workers.submit(hold.wait, 5) for _ in range(4)]
+    unwanted = workers.submit(done.append, 1)
+    assert unwanted.cancel()
+    hold.set()
+    assert all(one.result(5) for one in held)
+    resting(workers, 4)  # all of them live on
+    assert not done
+
+
+def test_what_waits_at_the_end_is_told_where_it_is_not_to_be_done():
+    workers, hold = Workers(1), threading.Event()
+    workers.start()
+    held, waiting = workers.submit(hold.wait, 5), workers.submit(print)
+    workers.shutdown(wait=False, cancel_futures=True)
+    assert waiting.cancelled()
+    assert not workers.ended(0)
+    hold.set()
+    assert held.result(5)
+    assert workers.ended(5)
+
+
 def test_shutdown_does_what_was_asked_and_ends_its_threads():
     workers = Workers(2)
     workers.start()

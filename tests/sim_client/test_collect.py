@@ -335,6 +335,18 @@ def test_what_another_process_records_is_left_alone(tmp_path: Path) -> None:
     collect(config)
 
 
+def test_a_process_that_cannot_be_started_is_no_other_that_records(tmp_path: Path, monkeypatch, capsys) -> None:
+    """EAGAIN is a BlockingIOError, as is a lock that another has."""
+
+    def no_more_processes(*_: Any) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("sim_client.collect.write", no_more_processes)
+    monkeypatch.setattr("sys.argv", ["collect", "--episodes", "1", "--output", str(tmp_path / "d")])
+    assert main() == 1
+    assert "stopped: [Errno 11] Resource temporarily unavailable" in capsys.readouterr().err
+
+
 def test_a_recorder_lets_go_of_its_physics(tmp_path: Path) -> None:
     recorders: list[Recorder] = []
 

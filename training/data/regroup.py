@@ -52,7 +52,8 @@ class Split:
             try:
                 convert(output, "minari", replace(about, notes=notes), part)
             except BaseException:
-                shutil.rmtree(self.output_a, ignore_errors=True)  # a half would be in the way of the next attempt
+                if output is self.output_b:  # then the other is ours, whole, and in the way of the next attempt
+                    shutil.rmtree(self.output_a, ignore_errors=True)
                 raise
         return 0
 

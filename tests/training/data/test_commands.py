@@ -269,6 +269,18 @@ def test_a_split_that_fails_half_way_leaves_nothing_in_the_way(path: Path, tmp_p
     assert main(["split", str(path), "--share", "0.5", *outputs]) == 0
 
 
+def test_a_split_leaves_what_another_made_meanwhile(path: Path, tmp_path: Path, monkeypatch) -> None:
+    def meanwhile(*arguments: Any) -> list[bool]:
+        minari(tmp_path / "a")
+        return draw(*arguments)
+
+    monkeypatch.setattr("training.data.regroup.draw", meanwhile)
+    outputs = ["--output-a", str(tmp_path / "a"), "--output-b", str(tmp_path / "b")]
+    assert main(["split", str(path), *outputs]) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert len(list(store.read(tmp_path / "a"))) == 5
+
+
 def test_a_split_by_no_share_is_refused(path: Path, tmp_path: Path) -> None:
     outputs = ["--output-a", str(tmp_path / "a"), "--output-b", str(tmp_path / "b")]
     assert main(["split", str(path), "--share", "1.0", *outputs]) == 2

@@ -99,7 +99,7 @@ def _demo(group: Any, names: Mapping[str, str], ours: bool) -> Raw:
         truncated=flag("truncated"),
         seed=None if seed is None else int(seed),
         behavior=str(group.attrs.get("behavior", "unknown")),
-        rgb=frames("rgb") if f"obs/{names['rgb']}" in group else None,
+        rgb=frames("rgb") if ours and f"obs/{names['rgb']}" in group else None,  # of foreign data nobody reads it
     )
 
 

@@ -208,13 +208,14 @@ def _graph(spec: PolicySpec, breaks: tuple[str, ...], with_value: bool, weight: 
     g.add("Identity", normalized, output="normalized_action")
     scale = spec.action.scale * (np.array([1, 10, 10, 1, 1]) if "scaled" in breaks else 1)
     g.add("Add", g.add("Mul", normalized, scale), spec.action.centre, output="action")
-    std, value = g.add("Add", spread, 0.1), g.add("Sub", gripper, spread)
+    std = g.add("Add", spread, 0.1)
     if "nan_std" in breaks:
         std = g.add("Mul", std, float("nan"))
-    if "nan_value" in breaks:
-        value = g.add("Mul", value, float("nan"))
     g.add("Mul", std, spec.action.scale, output="std")
     if with_value:
+        value = g.add("Sub", gripper, spread)
+        if "nan_value" in breaks:
+            value = g.add("Mul", value, float("nan"))
         g.add("Squeeze", value, np.array([1]), output="value")
     return _model(g, spec, with_value)
 

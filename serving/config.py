@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -115,9 +115,10 @@ class Config:
             "valid_for_ms": 1, "frozen_after": 0, "invalid_share": 0, "max_episodes": 1, "episode_idle_s": 1,
             "grace_s": 0, "record_file_mib": 1, "record_total_mib": 1,
         }  # fmt: skip
+        at_once = ("intra_op_threads", "concurrency", "queue", "max_batch")
+        highest = dict.fromkeys(at_once, MOST_AT_ONCE) | {"invalid_share": 1}
         for name, low in lowest.items():
-            at_once = ("intra_op_threads", "concurrency", "queue", "max_batch")
-            most = MOST_AT_ONCE if name in at_once else 1 if name == "invalid_share" else MOST
+            most = highest.get(name, MOST)
             if not low <= getattr(self, name) <= most:
                 raise StartupError(f"{name} must be {low} to {most}, got {getattr(self, name)}")
         if self.frozen_after == 1:
@@ -173,7 +174,13 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
         StartupError: naming the file and the setting that is unknown or does not fit.
     """
     flags = list(sys.argv[1:] if arguments is None else arguments)
-    _require_flags_values(flags)
+    _refuse_empty(
+        [
+            flag.removesuffix("=") or before
+            for before, flag in zip(("a flag", *flags), flags, strict=False)
+            if not flag or (flag.startswith("--") and flag.endswith("="))
+        ]
+    )
     file, variables = _from_file(flags), _from_environment(environment)
     settings = {**file, **variables}
     if limits := {**_limits(file, "the file"), **_limits(variables, "the environment"), **_taken_limits(flags)}:
@@ -202,7 +209,7 @@ def _from_file(flags: list[str]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise StartupError(f"--config {path}: {error}") from error
     _require_known(settings, f"--config {path}")
-    _require_values(settings, f"--config {path}", str)
+    _refuse_empty([name for name, value in settings.items() if value == ""], f"--config {path}: ")
     return settings
 
 
@@ -210,7 +217,8 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     found = {k.removeprefix(ENVIRONMENT).lower(): v for k, v in environment.items() if k.startswith(ENVIRONMENT)}
     found = {name: text for name, text in found.items() if not _is_link(name, text)}
     _require_known(found, "the environment")
-    _require_values(found, "the environment", lambda name: f"{ENVIRONMENT}{name.upper()}")
+    empty = [f"{ENVIRONMENT}{name.upper()}" for name, text in found.items() if not text]
+    _refuse_empty(empty, "the environment: ")
     return {name: _value(name, text) for name, text in found.items()}
 
 
@@ -236,18 +244,11 @@ def _require_known(settings: Mapping[str, Any], where: str) -> None:
         raise StartupError(f"{where}: no setting is called {', '.join(unknown)}; there are {there_are}")
 
 
-def _require_values(settings: Mapping[str, Any], where: str, told: Callable[[str], str]) -> None:
-    """Of ${RECORD:-} in a compose file, or of a name mistyped there. As a path it would be the current folder, and
-    whoever meant to set tokens or a workspace must not have a server without."""
-    if empty := [told(name) for name, value in settings.items() if value == ""]:
-        raise StartupError(f"{where}: {', '.join(sorted(empty))} must have a value, or not be there at all")
-
-
-def _require_flags_values(flags: Sequence[str]) -> None:
-    """The same of --record "$RECORD" where nothing has set it."""
-    for before, flag in zip(("a flag", *flags), flags, strict=False):
-        if not flag or (flag.startswith("--") and flag.endswith("=")):
-            raise StartupError(f"{flag.removesuffix('=') or before} must have a value, or not be there at all")
+def _refuse_empty(names: Sequence[str], where: str = "") -> None:
+    """Of ${RECORD:-} in a compose file, of `--record "$RECORD"`, or of a name mistyped there. As a path it would be the
+    current folder, and whoever meant to set tokens or a workspace must not have a server without."""
+    if names:
+        raise StartupError(f"{where}{', '.join(sorted(names))} must have a value, or not be there at all")
 
 
 def _limits(settings: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Library:
                 found = self._in_folder()
             except Rejected as away:
                 raise StartupError(str(away)) from away
-            if not (default or self.files) and len(found) > 1:  # the first would change with a file that is added
+            if self._leaves_open(found):
                 raise StartupError(
                     f"--policies {self.folder} has several: say which acts for who names none, by "
                     f"--default-policy, one of {', '.join(found)}"
@@ -189,7 +189,7 @@ class Library:
                         said.append(f"{name} {policy.version} is live")
                 except Rejected as reason:
                     said.append(str(reason))
-            if not (self._asked or self.files) and len(found) > 1:
+            if self._leaves_open(found):
                 there_are = ", ".join(found)
                 said.append(f"{self.folder} has several now: the next start needs --default-policy, one of {there_are}")
             for name in vanished:
@@ -219,6 +219,10 @@ class Library:
             raise Rejected("name", "a policy that proves itself", got, remedy, Status.FAILED_PRECONDITION) from refused
         self._say_live(policy)
         return policy
+
+    def _leaves_open(self, found: dict[str, Path]) -> bool:
+        """Whether a start with these could not say who acts by default: the first changes with a file that is added."""
+        return not (self._asked or self.files) and len(found) > 1
 
     def _in_folder(self) -> dict[str, Path]:
         """Raises Rejected, FAILED_PRECONDITION, where the folder cannot be read: nothing is known to be gone then."""

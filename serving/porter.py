@@ -12,7 +12,7 @@ import grpc
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import RETRY, Rejected, Status
-from serving.answering import Answering
+from serving.answering import PATHS, Answering
 from serving.dispatcher import Dispatcher
 from serving.parsing import kind_of, method_of
 from serving.security import Gate, closed
@@ -21,9 +21,8 @@ log = logging.getLogger(__name__)
 
 OURS = f"/{pb.DESCRIPTOR.package}."
 NO_MESSAGE = "request: expected one message, got none"
-SERVICE = f"{OURS}PolicyService/"
-ACTING = frozenset(SERVICE + method for method in ("GetAction", "GetActionBatch"))
-ASKING = frozenset(SERVICE + method for method in ("StartEpisode", "ListPolicies", "GetPolicy", "GetStats"))
+ACTING = frozenset(PATHS[method] for method in ("GetAction", "GetActionBatch"))
+ASKING = frozenset(PATHS[method] for method in ("StartEpisode", "ListPolicies", "GetPolicy", "GetStats"))
 """Held to a rate beside who acts; what ends something, an episode or the server, is not."""
 
 NO_THREAD = Rejected(

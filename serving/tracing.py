@@ -51,7 +51,7 @@ class OpenTelemetry(Tracer):
             raise StartupError(f"--trace needs OpenTelemetry: {install}, and {START}") from error
         self._tracer = trace.get_tracer("equiserve", tracer_provider=provider)
         self._provider = provider or trace.get_tracer_provider()
-        if provider is None and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        if isinstance(self._provider, trace.ProxyTracerProvider):
             log.warning("--trace: OpenTelemetry has not been set up, and nothing is traced: %s", START)
 
     @contextmanager

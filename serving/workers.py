@@ -5,7 +5,6 @@ caches. That costs a lone client half a millisecond as soon as a flood has made 
 "Who rested last").
 """
 
-import math
 import threading
 import time
 from collections import deque
@@ -44,9 +43,10 @@ class Workers(Executor):
         self._line: deque[_Task] = deque()
         self._lock, self._closed = threading.Lock(), False
         self._call = threading.local()
-        self._threads = [threading.Thread(target=self._work, name=f"call_{i}", daemon=True) for i in range(count)]
+        self._count, self._threads = count, list[threading.Thread]()
 
     def start(self) -> None:
+        self._threads = [threading.Thread(target=self._work, name=f"call_{i}", daemon=True) for i in range(self._count)]
         for thread in self._threads:
             thread.start()
 
@@ -73,15 +73,14 @@ class Workers(Executor):
             future.cancel()
         for rest in resting:
             rest.end(None)
-        if wait:
-            self.ended(math.inf)
+        for thread in self._threads if wait else ():
+            thread.join()
 
     def ended(self, within_s: float) -> bool:
         """Whether, after `shutdown`, all threads have come to their end by then."""
         by = time.monotonic() + within_s
         for thread in self._threads:
-            if thread.ident is not None:  # else it never started
-                thread.join(max(0.0, by - time.monotonic()) if math.isfinite(by) else None)
+            thread.join(max(0.0, by - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def arrival(self) -> Arrival | None:

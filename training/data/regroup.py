@@ -46,15 +46,18 @@ class Split:
             require_absent(output)
         about, episodes = open_dataset(self.path)
         first = draw([episode.success for episode in episodes], self.share, self.seed)
-        for output, wanted in ((self.output_a, True), (self.output_b, False)):
-            notes = about.notes | {"split": {"of": about.dataset_id, "share": self.share, "seed": self.seed}}
+        notes = about.notes | {"split": {"of": about.dataset_id, "share": self.share, "seed": self.seed}}
+
+        def write(output: Path, *, wanted: bool) -> None:
             part = (e for e, is_first in zip(open_dataset(self.path)[1], first, strict=True) if is_first is wanted)
-            try:
-                convert(output, "minari", replace(about, notes=notes), part)
-            except BaseException:
-                if output is self.output_b:  # then the other is ours, whole, and in the way of the next attempt
-                    shutil.rmtree(self.output_a, ignore_errors=True)
-                raise
+            convert(output, "minari", replace(about, notes=notes), part)
+
+        write(self.output_a, wanted=True)
+        try:
+            write(self.output_b, wanted=False)
+        except BaseException:
+            shutil.rmtree(self.output_a, ignore_errors=True)  # it is ours, and in the way of the next attempt
+            raise
         return 0
 
 

@@ -113,7 +113,8 @@ class Answering:
                     raise Rejected("server", "one that takes calls", "one that drains", remedy, Status.UNAVAILABLE)
                 yield call
             except Rejected as rejected:
-                refusal = rejected
+                # Its traceback leads back to here, and so to itself: the message would be kept until a collection.
+                refusal = rejected.with_traceback(None)
             except Exception:
                 refusal = self._unforeseen(method, call)
             status = refusal.status.value if refusal else call.status

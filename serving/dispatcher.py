@@ -86,10 +86,9 @@ class Dispatcher:
             ticket.called.acquire()  # its turn may have come in the last moment
         if ticket.leads:
             self._lead(ticket)
-        if isinstance(ticket.outcome, BaseException):
-            raise ticket.outcome
-        assert ticket.outcome is not None
-        return ticket.outcome
+        if isinstance(ticket.outcome, Turn):
+            return ticket.outcome
+        raise ticket.failure()
 
     def admit(self, name: str, *, repeats: bool = False) -> None:
         """A call of `name` has come: refuse it before any work is done, if `act` would now.

@@ -60,5 +60,11 @@ class Ticket:
     def size(self) -> int:
         return len(self.observations)
 
+    def failure(self) -> BaseException:
+        """To be raised, and kept here no longer: its traceback leads to the ticket, and would so lead to itself."""
+        failure, self.outcome = self.outcome, None
+        assert isinstance(failure, BaseException)
+        return failure
+
     def __post_init__(self) -> None:
         self.called.acquire()  # released when there is news: a place, an answer, or that it is too late

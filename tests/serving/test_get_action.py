@@ -1,5 +1,6 @@
 """GetAction over a real socket: what it answers, and that nothing invalid reaches the model."""
 
+import gc
 import os
 import threading
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from protos.codec import pack_observation, unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
+from protos.errors import Rejected
 from protos.spaces import ACTION, Pose
 from serving.parsing import Parser
 from tests.makers import UNHURRIED_MS, far_scene, scene, small_spec, tiny_policy_file
@@ -371,6 +373,40 @@ def test_a_message_that_comes_late_makes_its_frame_older(serve, healthy, age_us)
         assert (code, parts["field"], running.runs) == ("OUT_OF_RANGE", "observation.age_us", 0)
     else:
         assert method(late(), timeout=10).valid_for_us == 3_000_000
+
+
+@pytest.fixture
+def uncollected():
+    """Refusals that only a collection would free, and with each the message that was refused."""
+    gc.collect()
+    gc.disable()
+    before = {id(one) for one in _refusals()}
+    yield lambda: [one for one in _refusals() if id(one) not in before]
+    gc.enable()
+
+
+def _refusals():
+    return [one for one in gc.get_objects() if isinstance(one, Rejected)]
+
+
+@pytest.mark.parametrize("held", [{"valid_for_ms": 3000.0}], indirect=True)
+def test_what_was_refused_is_freed_at_once(held, uncollected):
+    running, first, release = held
+    for refused in (
+        pb.GetActionRequest(),
+        acting(age_us=10_000_000),  # too old when it comes
+        acting(age_us=2_500_000),  # and in the line
+        acting(episode_id="none", step=1),
+    ):
+        refusal(running.stub.GetAction, refused, timeout=20)
+    refusal(running.stub.GetActionBatch, pb.GetActionBatchRequest(), timeout=20)
+    refusal(running.stub.StartEpisode, pb.StartEpisodeRequest(policy="none"), timeout=20)
+    full = [running.stub.GetAction.future(acting()) for _ in range(QUEUE + 3)]
+    wait_until(lambda: sum(call.done() for call in full) == 3)
+    release.set()
+    assert first.result()
+    assert sum(call.exception() is None for call in full) == QUEUE
+    wait_until(lambda: not uncollected())
 
 
 def test_a_refusal_and_an_answer_tell_their_request_id(running):

@@ -12,14 +12,13 @@ from protos.errors import Rejected, Status
 from protos.spaces import PolicySpec
 from serving.answering import Answering, Call
 from serving.dispatcher import Dispatcher
+from serving.parsing import MAX_BATCH_ITEMS
 from serving.pipeline import Pipeline, Task, require_mode
 from serving.policy import BATCH, Policy
 from serving.recorder import Recorder
 from serving.registry import Registry
 from serving.sessions import Sessions
 from serving.stats import stats_of
-
-MAX_BATCH_ITEMS = 256
 
 
 class PolicyServicer(pb_grpc.PolicyServiceServicer):

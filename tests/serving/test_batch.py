@@ -120,7 +120,8 @@ def test_a_deadline_is_the_whole_calls(serve, healthy, monkeypatch):
     assert running.server.metrics.call_counts()["GetActionBatch", "DEADLINE_EXCEEDED"] == 1
 
 
-@pytest.mark.parametrize("count", [0, 257])
+@pytest.mark.parametrize("count", [0, 257, 2_000_000])
 def test_a_batch_has_a_size(running, count):
-    requests = [pb.GetActionRequest()] * count
-    assert refusal(running.stub.GetActionBatch, pb.GetActionBatchRequest(requests=requests))[0] == "INVALID_ARGUMENT"
+    requests = pb.GetActionBatchRequest(requests=[pb.GetActionRequest()] * count)
+    code, parts = refusal(running.stub.GetActionBatch, requests)
+    assert (code, parts["field"], parts["expected"]) == ("INVALID_ARGUMENT", "requests", "1 to 256 items")

@@ -5,12 +5,16 @@ from collections import Counter
 
 import grpc
 import pytest
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from serving.answering import PATHS
+from serving.parsing import has_at_most
 from serving.security import new_token
-from tests.serving.requests import acting
+from tests.serving.requests import acting, refusal
 
 FAULTS = {"INTERNAL", "UNKNOWN", "UNAVAILABLE", "DATA_LOSS", "ABORTED", "DEADLINE_EXCEEDED"}
 SEEDS: dict[str, Message] = {
@@ -67,6 +71,48 @@ def fuzz(channel, count, seed=0, metadata=()):
             if "Traceback" in said or 'File "' in said or error.code().name in FAULTS:
                 leaked.append(said)
     return seen, leaked
+
+
+def fields_of(content):
+    """On the outermost level, as protobuf counts them."""
+    known = pb.GetActionBatchRequest.FromString(content)
+    return len(known.requests) + len(UnknownFieldSet(known))
+
+
+@given(
+    st.lists(
+        st.sampled_from((b"\x0a\x00", b"\x0a\x02\x30\x07", b"\x10\x96\x01", b"\x19" + bytes(8), b"\x25" + bytes(4)))
+    )
+)
+def test_fields_are_counted_without_being_parsed(fields):
+    content = b"".join(fields)
+    assert fields_of(content) == len(fields)
+    assert all(has_at_most(most, content) == (len(fields) <= most) for most in range(len(fields) + 2))
+
+
+@given(st.binary(max_size=40))
+def test_what_is_no_message_is_counted_as_more_or_refused(content):
+    try:
+        count = fields_of(content)
+    except DecodeError:
+        return
+    assert has_at_most(2 * len(content), content)  # a group's begin and end are two
+    assert not count or not has_at_most(0, content)
+
+
+@pytest.mark.parametrize("field", [b"\x0a", b"\x0a\x05", b"\x80" * 11, b"\x19\x00"])
+def test_a_field_without_an_end_is_no_message(field):
+    for content in (field, b"\x0a\x00" + field):
+        with pytest.raises(DecodeError):
+            has_at_most(3, content)
+
+
+@pytest.mark.parametrize("name", ["StartEpisode", "EndEpisode", "GetPolicy", "ListPolicies", "GetStats"])
+def test_what_holds_no_frame_is_short(running, name):
+    """Else it would keep all others waiting while it is parsed."""
+    call = running.channel.unary_unary(PATHS[name], lambda b: b, lambda b: b)
+    code, parts = refusal(call, b"\x32\x00" * 40_000)
+    assert (code, parts["field"], parts["expected"]) == ("INVALID_ARGUMENT", "request", "at most 65536 bytes")
 
 
 @pytest.mark.parametrize("seed", range(3))

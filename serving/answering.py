@@ -67,12 +67,16 @@ class Call:
     def patience_s(self) -> float:
         return seconds_until(self.expires_at)
 
-    @property
-    def status(self) -> str:
-        """Of a call that has its answer: who has left meanwhile does not see OK."""
+    def status(self, said: str) -> str:
+        """What the caller sees of a call that is told `said`: who has left meanwhile sees how he left."""
         if self._context.is_active():
-            return "OK"
-        return "DEADLINE_EXCEEDED" if self.patience_s < LATE_S else "CANCELLED"
+            return said
+        return "DEADLINE_EXCEEDED" if self.is_late else "CANCELLED"
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the caller's time is over, or is before he can be told anything."""
+        return self.patience_s < LATE_S
 
     def caller(self, within_s: float, *, last_turn: bool = False) -> Caller:
         """Who waits for the model: until his deadline, and no longer than `within_s`."""
@@ -117,7 +121,7 @@ class Answering:
                 refusal = rejected.with_traceback(None)
             except Exception:
                 refusal = self._unforeseen(method, call)
-            status = refusal.status.value if refusal else call.status
+            status = call.status(refusal.status.value if refusal else "OK")
             span.end(call.phases, status)
         if refusal:
             self.refuse(method, refusal, context, call)
@@ -131,21 +135,24 @@ class Answering:
 
     def refuse(self, method: str, rejected: Rejected, context: grpc.ServicerContext, call: Call | None = None) -> None:
         """Count, log and answer a refusal."""
-        if call is None:  # refused before it reached its method
-            call = self._call(context)
+        early = call is None  # refused before it reached its method
+        call = call or self._call(context)
+        status = call.status(rejected.status.value)
+        if early:
             with self.tracer.span(method, call.request_id) as span:
-                span.end(call.phases, rejected.status.value)
-        self.metrics.record(method, rejected.status.value, call.elapsed_s, call.phases)
+                span.end(call.phases, status)
+        self.metrics.record(method, status, call.elapsed_s, call.phases)
         if self._throttle.allows():
             left_out = self._throttle.left_out()
             log.info(
-                "%s refused, %s: %s%s", method, rejected.status.value, rejected,
+                "%s refused, %s: %s%s", method, status,
+                rejected if status == rejected.status.value else "the caller had left",
                 f" ({left_out} more refusals were not written)" if left_out else "",
                 extra={"request_id": call.request_id, "client": call.client, "field": rejected.field},
             )  # fmt: skip
-        status = _status(rejected.field, rejected.expected, rejected.got, rejected.remedy, rejected.status)
-        trailing = (*status.trailing_metadata, (REQUEST_ID, call.request_id))
-        context.abort_with_status(_Status(status.code, status.details, trailing))
+        told = _status(rejected.field, rejected.expected, rejected.got, rejected.remedy, rejected.status)
+        trailing = (*told.trailing_metadata, (REQUEST_ID, call.request_id))
+        context.abort_with_status(_Status(told.code, told.details, trailing))
 
     def _unforeseen(self, method: str, call: Call) -> Rejected:
         """Log the exception that is being handled; the caller is told no more than where to find it."""

@@ -89,7 +89,7 @@ class Pipeline:
             caller = call.caller(left_s - call.elapsed_s, last_turn=True)
             turn = self._dispatcher.act(task.policy, [task.observation], caller)
         except Rejected as refused:
-            if refused.status is Status.DEADLINE_EXCEEDED and call.elapsed_s >= left_s:
+            if refused.status is Status.DEADLINE_EXCEEDED and call.elapsed_s >= left_s and not call.is_late:
                 raise self._stale(task.age_s + call.elapsed_s) from refused
             raise
         phases.seconds["queue"] += turn.queue_s

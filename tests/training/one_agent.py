@@ -43,7 +43,8 @@ def say(name: str, arguments: list[str]) -> None:
         tell(f"{who} stopped: {error}")
         return
     tell(f"{who} drew {hashlib.sha256(str(drawn).encode()).hexdigest()}")
-    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in run.learner.agent.parameters()))
+    state = run.learner.agent.state_dict()
+    digest = hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state)))
     tell(f"{who} has {digest.hexdigest()}")
 
 
@@ -55,6 +56,9 @@ def refuse(name: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if "PYTHONHASHSEED" not in os.environ:  # what depends on it shall differ each time, as it may where nobody sets it
+        again = [sys.executable, "-m", "tests.training.one_agent", *sys.argv[1:]]
+        os.execve(sys.executable, again, os.environ | {"PYTHONHASHSEED": str(1 + int(os.environ["RANK"]))})
     for name, arguments in json.loads(sys.argv[1]).items():
         if name == WHOLE:
             sys.argv = ["training.run", *arguments]

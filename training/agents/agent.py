@@ -84,9 +84,13 @@ class Learner:
         self.agent, self._learning_rate, self._bf16, self._value_bound = agent, learning_rate, bf16, value_bound
         self._losses: nn.Module = agent
         self._processes = processes
-        if processes.count > 1:  # where values learn first, each part of a run leaves some parameters out
-            unused = agent.values_first > 0
-            self._losses = DistributedDataParallel(agent, forward_sync_buffers=False, find_unused_parameters=unused)
+        if processes.count > 1:
+            # All processes begin alike, by the run's seed, and not by what torch would send them: it knows buffers by
+            # their order, which e2cnn takes from the hashes of texts, and those are another process's own.
+            # And where values learn first, each part of a run leaves some parameters out.
+            self._losses = DistributedDataParallel(
+                agent, init_sync=False, forward_sync_buffers=False, find_unused_parameters=agent.values_first > 0
+            )
         faster = agent.faster()
         groups = [{"params": [p for p in agent.parameters() if p.requires_grad and p not in faster], "times": 1.0}]
         groups += [{"params": [parameter], "times": times} for parameter, times in faster.items()]

@@ -62,7 +62,8 @@ class Manifest:
     dataset_sha256: str
     code_version: str
     equivariance_error_90: float
-    """Largest error of the exported graph under quarter turns, as a fraction of each field's scale."""
+    """Largest error of the exported graph under quarter turns, as a fraction of each field's scale; of a group with
+    reflections, under those, too."""
     equivariance_error_45: float
     """The same under 45 degrees, where the pixel grid itself is only approximately symmetric."""
     golden: Golden

@@ -4,13 +4,14 @@ import argparse
 import difflib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import tyro
 import yaml
-from typeguard import TypeCheckError, check_type
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from protos.errors import Rejected
 from training.agents.bc import BCConfig
@@ -27,6 +28,9 @@ ANEW = frozenset(
 )
 """What may differ when a run is resumed: where things lie, how long, on what it runs and how it is watched. The rest
 makes another run."""
+CLONING = {f"--cql.cloning-{name}" for name in ("temperature", "expectile", "value", "warm-up")} | {
+    "--cql.largest-weight"
+}
 ALGORITHMS = {"bc": BCConfig, "iql": IQLConfig, "cql": CQLConfig}
 NESTED = {"network": NetworkConfig, **ALGORITHMS}
 
@@ -104,6 +108,9 @@ class RunConfig:
     cql: CQLConfig = field(default_factory=CQLConfig)
 
     def __post_init__(self) -> None:
+        for flag, value in _flags(self):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{flag} must be a finite number, got {value}")
         counts = ("batch_size", "n_step", "threads", "eval_every", "eval_episodes", "patience")
         for name in ("minutes", "updates", "learning_rate", "shift_m", "checkpoint_s", *counts):
             value = getattr(self, name)
@@ -158,14 +165,19 @@ def parse(argv: list[str]) -> RunConfig:
 
 def _require_effect(given: RunConfig, config: RunConfig) -> None:
     """Who changes what nothing reads believes that it is in force."""
-    for flag, old, new, read, by in (
-        ("--shift-m", given.shift_m, config.shift_m, config.augmentation == "se2", "--augmentation se2"),
-        ("--eval-episodes", given.eval_episodes, config.eval_episodes, config.eval_every, "--eval-every"),
-        ("--keep", given.keep, config.keep, config.eval_every, "--eval-every"),
-        ("--cql.gap-rate", given.cql.gap_rate, config.cql.gap_rate, config.cql.gap is not None, "--cql.gap"),
+    before, cql = dict(_flags(given)), config.cql
+    changed = {flag for flag, value in _flags(config) if value != before[flag]}
+    for flags, read, by in (
+        ({"--shift-m"}, config.augmentation == "se2", "without --augmentation se2"),
+        ({"--eval-episodes", "--keep"}, config.eval_every, "without --eval-every"),
+        ({"--discount", "--n-step", "--network.critic-width"}, config.algo != "bc", "to --algo bc"),
+        ({"--iql.warm-up"}, not config.iql.values_first, "with --iql.values-first"),
+        ({"--cql.gap-rate"}, cql.gap is not None, "without --cql.gap"),
+        ({"--cql.target-entropy"}, cql.entropy == "learned", "without --cql.entropy learned"),
+        (CLONING, cql.cloning_weight, "without --cql.cloning-weight"),
     ):
-        if old != new and not read:
-            raise ValueError(f"{flag} means nothing without {by}: add that, or leave it out")
+        if (unread := changed & flags) and not read:
+            raise ValueError(f"{min(unread)} means nothing {by}: change that, or leave it out")
 
 
 def _preset(name: str) -> RunConfig:
@@ -177,6 +189,8 @@ def _preset(name: str) -> RunConfig:
         values = yaml.safe_load(path.read_text())
         if not isinstance(values, dict):
             raise TypeError(f"{path} holds no settings by name")
+        if ours := values.keys() & {"preset", "resume"}:
+            raise TypeError(f"{', '.join(sorted(ours))}: only for the command line")
         return RunConfig(**_typed({"dataset": tyro.MISSING, "output": tyro.MISSING, "preset": name} | values))
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise Rejected(f"--preset {name}", "settings of training.run", str(error), "see --help") from error
@@ -195,7 +209,7 @@ def recorded(output: Path) -> RunConfig:
 
 def _to_resume(output: Path) -> RunConfig:
     if not (output / SETTINGS).exists():
-        raise Rejected("--resume", f"a run in {output}", "none", "start it without --resume")
+        raise Rejected("--resume", f"a run in {output}", "none", "start one without --resume, in an empty directory")
     return recorded(output)
 
 
@@ -208,8 +222,9 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
             if not isinstance(part, dict):
                 raise TypeError(f"{name} = {part!r}: settings by name were expected below it")
             typed[name] = made(**_checked(made, {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}))
-    if isinstance(values["dataset"], str):
-        typed["dataset"] = Path(values["dataset"])
+    for name in ("dataset", "output"):
+        if isinstance(values[name], str):
+            typed[name] = Path(values[name])
     return _checked(RunConfig, typed)
 
 
@@ -222,10 +237,12 @@ def _checked(made: type, values: dict[str, Any]) -> dict[str, Any]:
             raise TypeError(f"there is no {name}" + (f"; did you mean {close[0]}?" if close else ""))
         try:
             if value is not tyro.MISSING:
-                check_type(value, kinds[name])
+                check_type(value, kinds[name], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError as error:
             hint = "; YAML takes 1e-4 for text, write 1.0e-4" if _is_number(value) else ""
             raise TypeError(f"{name} = {value!r}: {error}{hint}") from error
+        if isinstance(value, bool) and kinds[name] is not bool:
+            raise TypeError(f"{name} = {value!r}: a number was expected")  # to Python it is one
     return values
 
 
@@ -244,11 +261,15 @@ def _require_same(recorded: RunConfig, given: RunConfig) -> None:
 
 def _changed(prefix: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
     """The flags by which two settings differ in what makes a run, with their values."""
-    found = []
-    for name in (f.name for f in fields(old) if prefix or f.name not in ANEW):
-        a, b = getattr(old, name), getattr(new, name)
-        if is_dataclass(a):
-            found += _changed(f"{name}.", a, b)
-        elif a != b:
-            found.append((f"--{prefix}{name}".replace("_", "-"), a, b))
-    return found
+    values = zip(_flags(old, prefix, without=ANEW), _flags(new, prefix, without=ANEW), strict=True)
+    return [(flag, a, b) for (flag, a), (_, b) in values if a != b]
+
+
+def _flags(settings: Any, prefix: str = "", *, without: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any]]:
+    """Every flag with its value; `without`: the names of some of a whole run's."""
+    for name in (f.name for f in fields(settings) if prefix or f.name not in without):
+        value = getattr(settings, name)
+        if is_dataclass(value):
+            yield from _flags(value, f"{name}.")
+        else:
+            yield f"--{prefix}{name}".replace("_", "-"), value

@@ -59,6 +59,10 @@ class Run:
         torch.manual_seed(config.seed)
         self._generator = torch.Generator()
         self.dataset = self._data()
+        half_m = self.dataset.spec.observation.extent_m / 2
+        if config.augmentation == "se2" and config.shift_m >= half_m:
+            expected = f"less than {half_m:g} m, half of the view"
+            raise Rejected("--shift-m", expected, f"{config.shift_m:g} m", "it is in metres")
         bf16 = _bf16(config.precision, self.device)
         # The data's rewards are sums over n steps already.
         largest_return = float(self.dataset.reward.abs().max()) / (1 - config.discount**config.n_step)
@@ -71,7 +75,7 @@ class Run:
         )
         self.updates, self.seconds = 0, 0.0
         self.learned_by = self.processes.count
-        self.bf16, self.began_in_bf16 = bf16, bf16
+        self.bf16, self.learned_in_bf16 = bf16, bf16
         """In what precision it learns here, and in what it has learned so far."""
         self.code_version = ""
         """Of the code that began it, as `train` says; an export may be years later."""
@@ -113,7 +117,7 @@ class Run:
                 self._explain(error, index, batch)
             raise
         took = time.perf_counter() - start
-        self.updates += 1
+        self.updates, self.learned_in_bf16 = self.updates + 1, self.bf16
         self.seconds = self.processes.from_leader(self.seconds + took, self.device)
         return scalars | {"time/update_ms": 1e3 * took}
 
@@ -217,7 +221,7 @@ class Run:
             )
         extraction = self.extraction and vars(self.extraction)
         state = {"learner": self.learner.state_dict(), "dataset_sha256": self.dataset.sha256, "extraction": extraction}
-        about = {"processes": self.learned_by, "code_version": self.code_version, "bf16": self.bf16}
+        about = {"processes": self.learned_by, "code_version": self.code_version, "bf16": self.learned_in_bf16}
         self.write(CHECKPOINT, state | about)
         self._forget_a_divergence()
 
@@ -255,7 +259,7 @@ class Run:
         state = self._checkpoint()
         self.updates, self.seconds = state["updates"], state["seconds"]
         self.code_version = state.get("code_version", self.code_version)  # older checkpoints have none, nor the next
-        self.began_in_bf16 = state.get("bf16", self.bf16)
+        self.learned_in_bf16 = state.get("bf16", self.bf16)
         count = self.learned_by = state.get("processes", self.processes.count)
         if count != self.processes.count and self.progress < 1:  # else there is only the export left, which is one's
             remedy = f"resume with torchrun --nproc-per-node {count}" if count > 1 else "resume without torchrun"

@@ -21,19 +21,20 @@ def describe(run: Run) -> None:
     """Print what is about to be learned from what, and on stderr what may be other than was thought."""
     data, config = run.dataset, run.config
     counts = {
-        name: sum(p.numel() for p in network.parameters()) for name, network in run.learner.agent.named_children()
+        name: sum(p.numel() for p in network.parameters() if p.requires_grad)
+        for name, network in run.learner.agent.named_children()
     }
     print(
         f"{data.dataset_id}: {data.episodes} episodes, {len(data)} transitions"
         f"{' (successful ones only)' if config.successful_only else ''}; {config.algo}, equivariance "
         f"{config.equivariance}, {config.network.group}; free parameters "
-        + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        + ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
         + f"; {run.device.type}, {_precision(run.bf16)}"
         + (f", {run.processes.count} processes" if run.processes.count > 1 else "")
     )
-    if run.bf16 != run.began_in_bf16 and run.progress < 1:
+    if run.bf16 != run.learned_in_bf16 and run.progress < 1:
         print(
-            f"it learned in {_precision(run.began_in_bf16)} so far: what follows is not what it would have been there",
+            f"it learned in {_precision(run.learned_in_bf16)} so far: what follows is not what it would have been",
             file=sys.stderr,
         )
     if config.schedule == "cosine" and not (config.minutes or config.updates):

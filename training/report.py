@@ -112,7 +112,7 @@ class Run:
             return ""
         steps, rates = self.curves[RATE]
         lows, highs = (self.curves[tag][1] for tag in INTERVAL)
-        best = int(np.lexsort((steps, lows))[-1])  # as `training.evaluations.best` has it: what was exported
+        best = int(np.lexsort((steps, lows))[-1])  # as `training.evaluations.best` has it
         low, high = lows[best], highs[best]
         return f"best {rates[best]:.0%} ({low:.0%} to {high:.0%}) at update {steps[best]:,}, last {rates[-1]:.0%}"
 

@@ -66,7 +66,8 @@ def _require_free(config: RunConfig) -> None:
     # A name with a dot is what a run that was killed while it wrote its settings has left.
     taken = config.output.exists() and any(not path.name.startswith(".") for path in config.output.iterdir())
     if taken and not config.resume:
-        raise Rejected("--output", "a new or empty directory", str(config.output), "choose another, or add --resume")
+        remedy = "choose another" + (", or add --resume" if (config.output / SETTINGS).exists() else "")
+        raise Rejected("--output", "a new or empty directory", str(config.output), remedy)
 
 
 @contextlib.contextmanager
@@ -208,7 +209,7 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
                     log.add_scalar(name, value, run.updates)
                 show(bar, run, scalars)
             bar.update(round(100 * run.progress, 1) - bar.n)
-            if evaluations and run.has_policy and (run.updates % (run.config.eval_every or 1) == 0 or done):
+            if evaluations and run.has_policy and run.updates % (run.config.eval_every or 1) == 0:
                 evaluations.take()
                 behind = warn_if_behind(evaluations, run, warned=behind)
             if evaluations and run.updates % LOG_EVERY == 0:
@@ -218,6 +219,8 @@ def _loop(run: Run, evaluations: Evaluations | None, stop: threading.Event) -> N
                 saved = run.seconds
         if leads:
             run.save()
+        if evaluations and run.has_policy and run.progress >= 1:  # what was resumed may have been left without
+            evaluations.take()
         if evaluations and evaluations.exhausted and run.progress < 1 and not stop.is_set():
             tqdm.write(
                 f"--patience {run.config.patience}: so many evaluations brought nothing better, so training ends here; "

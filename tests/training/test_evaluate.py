@@ -74,6 +74,16 @@ def test_while_values_come_first_there_is_nothing_to_evaluate(drawer: Path, tmp_
     assert [r["update"] for r in results] == [9]
 
 
+@pytest.mark.usefixtures("without_export")
+def test_a_run_at_its_end_is_evaluated_still(drawer: Path, tmp_path: Path) -> None:
+    """Where it ended without, or was stopped before its last snapshot was on the disk."""
+    train(parse(arguments(drawer, tmp_path / "run", "--updates", "3")))
+    watched = ["--eval-every", "2", "--eval-episodes", "1"]
+    train(parse(["--resume", "--output", str(tmp_path / "run"), *watched]))
+    results = [json.loads(p.read_text()) for p in sorted((tmp_path / "run" / "evaluations").iterdir())]
+    assert [r["update"] for r in results] == [3]
+
+
 def test_evaluations_that_fall_behind_are_told_of_once(
     drawer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -187,16 +187,24 @@ def test_ctrl_c_saves_and_says_how_to_go_on(reach_path: Path, tmp_path: Path) ->
     assert torch.load(output / "checkpoint.pt", weights_only=True)["updates"] > 0
 
 
+SE2 = ("--augmentation", "se2")
+
+
 def test_errors_say_what_to_do(
     reach_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     used = tmp_path / "used"
     used.mkdir()
     (used / "file").write_text("something")
+    begun_there = tmp_path / "begun"
+    begun_there.mkdir()
+    _record(parse(arguments(reach_path, begun_there, "--updates", "1")))
     for args, words in (
         (arguments(tmp_path / "nowhere", tmp_path / "x", "--updates", "1"), "sim_client.collect"),
-        (arguments(reach_path, used, "--updates", "1"), "--resume"),
-        (arguments(reach_path, tmp_path / "y", "--updates", "1", "--resume"), "start it without --resume"),
+        (arguments(reach_path, used, "--updates", "1"), "a new or empty directory"),
+        (arguments(reach_path, tmp_path / "y", "--updates", "1", "--resume"), "start one without --resume"),
+        (arguments(reach_path, tmp_path / "w", "--updates", "1", *SE2, "--shift-m", "0.3"), "less than 0.225 m"),
+        (arguments(reach_path, begun_there, "--updates", "1"), "or add --resume"),
         (arguments(reach_path, tmp_path / "z", "--updates", "0"), "must be positive"),
     ):
         monkeypatch.setattr(sys, "argv", ["training.run", *args])
@@ -263,6 +271,11 @@ def test_a_preset_may_be_your_own_file_and_a_wrong_one_says_what_there_is(tmp_pa
         ("iql:\n  expectile: high", "expectile = 'high'"),
         ("network: [", "flow node"),
         ("schedule: cosin", "schedule = 'cosin'"),
+        ("network:\n  fields: [4, 8.5]", "fields = (4, 8.5)"),
+        ("updates: true", "updates = True"),
+        ("discount: .nan", "--discount must be a finite number"),
+        ("resume: true", "resume: only for the command line"),
+        ("preset: paper", "preset: only for the command line"),
     ],
 )
 def test_a_preset_of_ones_own_is_checked(text: str, words: str, tmp_path: Path) -> None:
@@ -270,6 +283,21 @@ def test_a_preset_of_ones_own_is_checked(text: str, words: str, tmp_path: Path) 
     (tmp_path / "mine.yaml").write_text(f"minutes: 3\n{text}\n")
     with pytest.raises(Rejected, match=re.escape(words)):
         parse(["--dataset", "d", "--output", "o", "--preset", str(tmp_path / "mine.yaml")])
+
+
+def test_a_preset_may_say_where_a_run_goes(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("minutes: 3\noutput: runs/mine\n")
+    assert parse(["--dataset", "d", "--preset", str(tmp_path / "mine.yaml")]).output == Path("runs/mine")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--cql.conservative-weight", "--cql.target-entropy", "--cql.gap", "--learning-rate", "--minutes"]
+)
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_what_is_no_finite_number_is_refused(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--dataset", "d", "--output", "o", "--algo", "cql", flag, value])
+    assert f"{flag} must be a finite number" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("text", ["", "- minutes: 3\n"])
@@ -294,6 +322,9 @@ def test_a_word_of_a_preset_is_not_taken_for_a_number(tmp_path: Path) -> None:
         ("--eval-episodes 10", "--eval-every"),
         ("--keep last", "--eval-every"),
         ("--algo cql --cql.gap-rate 2", "--cql.gap"),
+        ("--algo cql --cql.entropy fixed --cql.target-entropy=-3", "--cql.entropy learned"),
+        ("--algo cql --preset paper --cql.cloning-temperature 1", "--cql.cloning-weight"),
+        ("--algo cql --preset paper --cql.largest-weight 9", "--cql.cloning-weight"),
     ],
 )
 def test_a_flag_that_nothing_reads_is_refused(flags: str, missing: str) -> None:
@@ -301,6 +332,31 @@ def test_a_flag_that_nothing_reads_is_refused(flags: str, missing: str) -> None:
     with pytest.raises(ValueError, match=f"means nothing without {missing}"):
         parse(words)
     parse([*words, *missing.split(), *(() if " " in missing else ("5",))])
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("--discount 0.5", "to --algo bc"),
+        ("--n-step 3", "to --algo bc"),
+        ("--network.critic-width 3", "to --algo bc"),
+        ("--algo iql --iql.values-first 0.2 --iql.warm-up 7", "with --iql.values-first"),
+    ],
+)
+def test_a_flag_that_another_makes_void_is_refused(flags: str, why: str) -> None:
+    with pytest.raises(ValueError, match=f"means nothing {why}"):
+        parse(["--dataset", "d", "--output", "o", *flags.split()])
+
+
+def test_an_export_alone_does_not_change_how_a_run_learned(reach_path: Path, tmp_path: Path) -> None:
+    run = to_its_end(Run(parse(arguments(reach_path, tmp_path, "--updates", "1"))))
+    run.learned_in_bf16 = not run.bf16
+    run.save()
+    _record(run.config)
+    again = Run(parse(["--resume", "--output", str(tmp_path)]))
+    again.restore()
+    again.save()
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["bf16"] is not run.bf16
 
 
 def test_a_gap_of_nothing_is_a_gap() -> None:

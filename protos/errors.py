@@ -7,7 +7,7 @@ RETRY = "x-retry"
 REQUEST_ID = "x-request-id"
 """gRPC metadata of everything that the server answers; a caller may choose it."""
 LONGEST = 400
-"""Characters of each text of a refusal: what came may be long, headers and log lines may not."""
+"""Bytes of each text of a refusal: what came may be long, headers and log lines may not."""
 
 
 class Status(Enum):
@@ -26,7 +26,7 @@ class Status(Enum):
 
 
 class Rejected(ValueError):
-    """Input that was refused, and why. Texts are cut to LONGEST characters each.
+    """Input that was refused, and why. Texts are cut to LONGEST bytes of UTF-8 each.
 
     Attributes:
         field: dotted path of the offending field, e.g. "observation.depth".
@@ -39,7 +39,7 @@ class Rejected(ValueError):
     def __init__(
         self, field: str, expected: str, got: str, remedy: str = "", status: Status = Status.INVALID_ARGUMENT
     ) -> None:
-        self.field, self.expected, self.got, self.remedy = map(_cut, (field, expected, got, remedy))
+        self.field, self.expected, self.got, self.remedy = map(cut, (field, expected, got, remedy))
         self.status = status
         told = f"{self.field}: expected {self.expected}, got {self.got}"
         super().__init__(f"{told}; {self.remedy}" if remedy else told)
@@ -51,8 +51,10 @@ class Rejected(ValueError):
 
 def shown(text: str, length: int = 64) -> str:
     """A caller's text in a form that is safe to log and to send back: quoted, escaped, and cut to `length`."""
-    return ascii(_cut(text, length))
+    return ascii(cut(text, length))
 
 
-def _cut(text: str, length: int = LONGEST) -> str:
-    return text if len(text) <= length else text[: length - 3] + "..."
+def cut(text: str, length: int = LONGEST) -> str:
+    """`text`, or its beginning, in at most `length` bytes of UTF-8."""
+    encoded = text.encode(errors="backslashreplace")  # JSON may hold halves of surrogate pairs, a header may not
+    return encoded.decode() if len(encoded) <= length else encoded[: length - 3].decode(errors="ignore") + "..."

@@ -18,7 +18,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from protos.equiserve.v1 import policy_pb2 as pb
-from protos.errors import LONGEST, REQUEST_ID, Rejected, Status
+from protos.errors import LONGEST, REQUEST_ID, Rejected, Status, cut
 from serving.logs import Throttle
 from serving.metrics import Metrics, Phases
 from serving.security import Gate
@@ -36,8 +36,9 @@ PATHS = {
 """Of each method."""
 FINISHING = frozenset({"EndEpisode"})
 """What is taken though the server drains: how an episode went is known here alone, and no next server is told."""
-LATE_S = 0.005
-"""Who has left with no more time than this had met his deadline: it is kept by gRPC's clock, not by ours."""
+LATE_S, LATE_SHARE = 0.005, 0.01
+"""Who has left with no more time than this, and this share of what he had, had met his deadline: it is kept by gRPC's
+clock, not by ours, and comes rounded up to 10 ms from a second on, and to 100 ms from ten."""
 SAFE_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 
@@ -56,7 +57,10 @@ class Call:
         self.arrived, self.pool_s = arrival or Arrival(time.perf_counter(), 0.0)
         remaining = context.time_remaining()
         self.expires_at = math.inf if remaining is None else time.monotonic() + remaining
+        self._late_s = LATE_S + LATE_SHARE * (remaining or 0.0)
         self._context = context
+        self._over_at: float | None = None
+        """When it ended for gRPC, as far as that was noted (time.monotonic)."""
 
     @property
     def elapsed_s(self) -> float:
@@ -75,14 +79,20 @@ class Call:
 
     @property
     def is_late(self) -> bool:
-        """Whether the caller's time is over, or is before he can be told anything."""
-        return self.patience_s < LATE_S
+        """Whether the caller's time was over when he left; or is now, or before he can be told anything."""
+        return self.expires_at - (self._over_at or time.monotonic()) < self._late_s
 
     def caller(self, within_s: float, *, last_turn: bool = False) -> Caller:
         """Who waits for the model: until his deadline, and no longer than `within_s`."""
         replied = threading.Event() if last_turn else None
-        if replied and not self._context.add_callback(replied.set):
-            replied.set()
+        if replied:
+
+            def end() -> None:
+                self._over_at = time.monotonic()
+                replied.set()
+
+            if not self._context.add_callback(end):
+                end()
         return Caller(self.client, min(self.expires_at, time.monotonic() + within_s), self._context.is_active, replied)
 
 
@@ -191,5 +201,5 @@ def status_of(rejected: Rejected) -> status_pb2.Status:
     details[0].Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     details[1].Pack(error_details_pb2.ErrorInfo(reason=rejected.status.value, domain=DOMAIN, metadata=parts))
     return status_pb2.Status(
-        code=code_pb2.Code.Value(rejected.status.value), message=str(rejected)[: 2 * LONGEST], details=details
+        code=code_pb2.Code.Value(rejected.status.value), message=cut(str(rejected), 2 * LONGEST), details=details
     )

@@ -32,6 +32,9 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 3_000),
 ]
+FULL_TIME_AFTER = 8
+"""After so many actions in a row that came too late to be of use, one may take all of a call's time: another server may
+be there by now, that is slower and whose answers are of use for longer."""
 ASK_AGAIN = "ask again, with a new frame"
 HEALTH = "/grpc.health.v1.Health/Check"
 """Spelled out, as a controller need not have grpcio-health-checking. An empty message asks for the whole server."""
@@ -114,6 +117,8 @@ class PolicyClient:
         self._connected: tuple[pb.PolicyInfo, PolicySpec] | None = None
         self._useful_s = math.inf
         """How old a frame may be when it is acted on, as the last answer told."""
+        self._in_vain = 0
+        """Actions asked for in a row that were not answered while they would have been of use."""
 
     @classmethod
     def of(cls, connection: Connection, policy: str = "", version: str = "", **how: Any) -> "PolicyClient":
@@ -212,6 +217,8 @@ class PolicyClient:
             observation=pack_observation(observation, pose=pose, age_us=age_us), contract_digest=spec.digest, **whose
         )
         left_s, useful_s = self._timeout_s - (time.monotonic() - sent), max(self._useful_s - age_us / 1e6, 0.0)
+        if self._in_vain >= FULL_TIME_AFTER:
+            self._in_vain, useful_s = 0, math.inf
         try:
             # A frame that was too old for the server before is for the server to refuse, which may have been told anew.
             response = self._call(self._stub.GetAction, request, min(left_s, useful_s or math.inf))
@@ -219,10 +226,11 @@ class PolicyClient:
             if error.code is not grpc.StatusCode.DEADLINE_EXCEEDED:  # it may be another server by now, of other ways
                 self._useful_s = math.inf
             elif 0 < useful_s < left_s:
+                self._in_vain += 1
                 told = f"no answer came in the {useful_s * 1e3:.0f} ms in which it would have been of use; {ASK_AGAIN}"
                 raise PolicyError(grpc.StatusCode.OUT_OF_RANGE, told, answered=error.answered) from None
             raise
-        self._useful_s = (response.valid_for_us + age_us) / 1e6
+        self._useful_s, self._in_vain = (response.valid_for_us + age_us) / 1e6, 0
         expires_at = sent + response.valid_for_us / 1e6
         if (behind_s := time.monotonic() - expires_at) >= 0:
             told = f"the answer came {behind_s * 1e3:.0f} ms after it had expired; {ASK_AGAIN}"

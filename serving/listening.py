@@ -1,5 +1,6 @@
 """Where a server listens, on loopback unless it is encrypted or somebody insists, and how much it takes."""
 
+import contextlib
 import ipaddress
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -18,6 +19,8 @@ MAX_METADATA_BYTES = 16 * 1024
 KEEPALIVE_MS = 10_000
 """After so long a silence a peer is asked whether he is there, and who does not answer for as long again is gone: a
 message that a thread waits for will not come, and his connection would stay for ever."""
+HANDSHAKE_MS = 10_000
+"""Whoever connects and does not speak HTTP/2, or TLS, by then is hung up on: gRPC's own 2 minutes hold a descriptor."""
 MAX_CONCURRENT_CALLS = 256
 
 
@@ -33,6 +36,15 @@ def require_address(config: Config) -> None:
         )
 
 
+def allow_connections() -> None:
+    """As many as this process may have: each holds a descriptor, and most systems let it begin with 1024."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not everywhere
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def transport(pool: Executor, interceptors: Sequence[grpc.ServerInterceptor]) -> grpc.Server:
     """A server that takes calls of bounded size and number, and notices who has vanished."""
     return grpc.server(
@@ -43,6 +55,7 @@ def transport(pool: Executor, interceptors: Sequence[grpc.ServerInterceptor]) ->
             ("grpc.max_metadata_size", MAX_METADATA_BYTES),
             ("grpc.max_concurrent_streams", MAX_CONCURRENT_CALLS // 2),  # one connection cannot have them all
             ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
             ("grpc.keepalive_permit_without_calls", 1),  # a robot's computer may lose power between two calls
             ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS),  # of keepalive's own timeout, grpc took no notice: 60 s

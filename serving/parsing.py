@@ -9,9 +9,9 @@ from google.protobuf.message import DecodeError
 from protos.errors import Rejected
 
 MAX_BATCH_ITEMS = 256
-SHORT_BYTES = 64 * 1024
-"""What any message takes that holds no frame, a contract and limits included. While one is parsed no other call goes
-on: of 4 MiB of limits it would be a quarter of a second, of empty items one second."""
+SHORT_BYTES = 128 * 1024
+"""What any message takes that holds no frame, a contract (protos.spaces has its bound) and limits included. While one
+is parsed no other call goes on: of 4 MiB of limits it would be a quarter of a second, of empty items one second."""
 _VARINT, _BYTES, _FIXED, _LONGEST_VARINT = 0, 2, {1: 8, 5: 4}, 10
 """How a field's wire type says where it ends; of a group, which is out of use, the begin and the end are counted."""
 LARGE_BYTES = 128 * 1024

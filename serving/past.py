@@ -21,12 +21,16 @@ class Before(NamedTuple):
     at_rest: bool
 
 
+FARTHEST = 64
+"""Answers that are kept of an episode whose steps do not say what was applied."""
+
+
 class Past:
     """The answers of one episode, as far back as a step may deny them by its `applied_step`."""
 
     def __init__(self) -> None:
         self._answered: list[tuple[int, NDArray[np.float32]]] = []
-        """(step, action) of the last, and of the last one before it that was carried out."""
+        """(step, action) of the last ones that no step has denied, back to the one that a step said was applied."""
 
     def require_possible(self, request: pb.GetActionRequest) -> None:
         """Raise Rejected where `applied_step` claims what was never answered, or was denied before."""
@@ -44,7 +48,8 @@ class Past:
 
     def answered(self, request: pb.GetActionRequest, action: NDArray[np.float32]) -> None:
         """The request was answered with `action` [A]."""
-        self._answered = [*self._done(request)[-1:], (request.step, action)]
+        kept = 1 if request.HasField("applied_step") else FARTHEST - 1
+        self._answered = [*self._done(request)[-kept:], (request.step, action)]
 
     def _done(self, request: pb.GetActionRequest) -> list[tuple[int, NDArray[np.float32]]]:
         if not request.HasField("applied_step"):

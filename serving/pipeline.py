@@ -166,10 +166,7 @@ class Pipeline:
                 raw_action=pack_action(proposed, spec),
                 std=pack_action(proposal.std, spec),
                 value=proposal.value,
-                interventions=[
-                    pb.Intervention(field=i.field, rule=i.rule, before=i.before, after=i.after, limit=i.limit)
-                    for i in decision.interventions
-                ],
+                interventions=reported(decision),
                 policy=task.policy.name,
                 version=task.policy.version,
                 contract_digest=task.policy.spec.digest,
@@ -210,6 +207,14 @@ class Pipeline:
         expected = f"a frame younger than {self._valid_for_s * 1e3:g} ms when it is acted on"
         got = f"one of {age_s * 1e3:.0f} ms"
         return Rejected("observation.age_us", expected, got, "send a newer frame", Status.OUT_OF_RANGE)
+
+
+def reported(decision: Decision) -> list[pb.Intervention]:
+    """What the envelope changed, as a reply tells it."""
+    return [
+        pb.Intervention(field=i.field, rule=i.rule, before=i.before, after=i.after, limit=i.limit)
+        for i in decision.interventions
+    ]
 
 
 def require_mode(mode: int) -> None:

@@ -4,6 +4,7 @@ A call hands its messages over and goes on; when the thread cannot keep up, or t
 and counted, and acting never waits.
 """
 
+import contextlib
 import logging
 import re
 import tempfile
@@ -194,7 +195,10 @@ class Recorder:
         return FlightFile(self._folder / f"{stamp}-{number:05d}{SUFFIX}")
 
     def _make_room(self) -> None:
-        sizes = {file: file.stat().st_size for file in self._files()}
+        sizes = dict[Path, int]()
+        for file in self._files():
+            with contextlib.suppress(FileNotFoundError):  # another server may make room at the same moment
+                sizes[file] = file.stat().st_size
         for file in list(sizes):
             if sum(sizes.values()) + self._file_bytes <= self._total_bytes:
                 break

@@ -23,6 +23,7 @@ from serving.envelope import Envelope, Limits
 from serving.errors import PolicyRefused
 from serving.flight import files_of, limits_of, read
 from serving.past import Past
+from serving.pipeline import reported
 from serving.policy import Policy, load
 from serving.sampling import sample
 
@@ -36,7 +37,8 @@ class Replay:
 
     A policy is known by the SHA-256 of its file, whatever it is called. Its raw action, std and value must have the
     same bits; sampled actions are drawn again from their seeds. So must the action that was answered, within the
-    limits of the server and of the episode; of recordings that do not tell those, it must lie within the contract's.
+    limits of the server and of the episode, and what the answer said of them: `interventions` and `hold`. Of recordings
+    that do not tell those limits, the action must lie within the contract's.
     Where messages were dropped (the server counts them), the action before, on which limits of a jump and the gripper
     of a hold depend, may be another, and a difference none. Expect the same bits on the same kind of processor with the
     same onnxruntime; elsewhere the last ones may differ.
@@ -74,6 +76,10 @@ class Replay:
         for line in again.differences[: self.show]:
             print(f"different: {line}")
         print(f"{again.same} the same, {len(again.differences)} different, {again.skipped.total()} skipped")
+        if again.unlimited:
+            print(
+                f"of {again.unlimited} the recording does not tell the server's limits: only the contract's were kept"
+            )
         for reason, count in again.skipped.items():
             print(f"skipped {count} {reason}")
         if again.differences:
@@ -96,6 +102,8 @@ class Again:
         self._pasts: dict[str, Past] = {}
         """Of each of those."""
         self.same = 0
+        self.unlimited = 0
+        """Compared without knowing the limits that the server kept."""
         self.differences: list[str] = []
         """Of an action each: its file, its request, and what differs."""
         self.skipped: Counter[str] = Counter()
@@ -126,16 +134,19 @@ class Again:
             self.skipped[f"of {shown(response.policy)} {response.version}: no --policy is that version"] += 1
         elif request.episode_id and request.episode_id not in self._episodes:
             self.skipped[NO_START] += 1
-        elif different := [*_differences(self._answer(policy, request), response, policy), *self._beyond(response)]:
-            self.differences.append(f"{file}, request {recorded.request_id}: {'; '.join(different)}")
         else:
-            self.same += 1
+            now = self._answer(policy, request)
+            self.unlimited += not now.HasField("action")
+            if different := [*_differences(now, response, policy), *self._beyond(response)]:
+                self.differences.append(f"{file}, request {recorded.request_id}: {'; '.join(different)}")
+            else:
+                self.same += 1
         if policy is not None and request.episode_id in self._episodes:
             past = self._pasts.setdefault(request.episode_id, Past())
             past.answered(request, unpack_action(response.action, policy.spec.action))
 
     def _answer(self, policy: Policy, request: pb.GetActionRequest) -> pb.GetActionResponse:
-        """What serving.servicer says: raw_action, std and value, and where limits are known the action."""
+        """What serving.pipeline says: raw_action, std and value, and where limits are known the action and the rest."""
         spec = policy.spec.action
         observation = unpack_observation(request.observation, policy.spec.observation)
         proposal = policy.act(observation)
@@ -159,6 +170,8 @@ class Again:
                 at_rest=before.at_rest,
             )
             answer.action.CopyFrom(pack_action(decision.action, spec))
+            answer.interventions.extend(reported(decision))
+            answer.hold = decision.hold
         return answer
 
     def _beyond(self, response: pb.GetActionResponse) -> list[str]:
@@ -171,11 +184,22 @@ class Again:
 def _differences(now: pb.GetActionResponse, then: pb.GetActionResponse, policy: Policy) -> list[str]:
     parts = ("raw_action", "std", *(["action"] if now.HasField("action") else []))
     left, right = (_numbers(response, policy.spec.action, parts) for response in (then, now))
-    return [
+    different = [
         f"{name} was {left.get(name, 'absent')}, is {right.get(name, 'absent')}"
         for name in left | right
         if _bits(left.get(name)) != _bits(right.get(name))
     ]
+    if now.HasField("action"):
+        told, tells = ([change.SerializeToString() for change in one.interventions] for one in (then, now))
+        if told != tells:
+            different.append(f"interventions were {_named(then)}, are {_named(now)}")
+        if then.hold != now.hold:
+            different.append(f"hold was {then.hold}, is {now.hold}")
+    return different
+
+
+def _named(response: pb.GetActionResponse) -> str:
+    return ", ".join(f"{i.field} {i.rule}" for i in response.interventions) or "none"
 
 
 def _numbers(response: pb.GetActionResponse, spec: ActionSpec, parts: Sequence[str]) -> dict[str, float]:

@@ -31,7 +31,7 @@ from serving.frames import FrameWatch
 from serving.health import HealthService
 from serving.libc import share_heaps
 from serving.library import Library
-from serving.listening import MAX_CONCURRENT_CALLS, bind, require_address, transport
+from serving.listening import MAX_CONCURRENT_CALLS, allow_connections, bind, require_address, transport
 from serving.metrics import Metrics
 from serving.parsing import Parser
 from serving.pipeline import Pipeline
@@ -56,8 +56,9 @@ SWITCH_S = 5e-4
 """How long a thread may keep the interpreter from others: at Python's 5 ms, refusals and health would wait so long."""
 LAME_DUCK_S = 0.5
 """Within this, a robot at 20 Hz has asked, tried three times again and told how its episode went: 0.25 s."""
-LAST_S = 0.5
-"""For threads to end that have done what they were asked."""
+LAST_S, LOOK_EACH_S = 0.5, 0.02
+"""For threads to end that have done what they were asked, and for what they wrote to go out. How often a server that
+stops looks whether they have."""
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 
 
@@ -156,7 +157,7 @@ class Server:
             # A call that meets grpc's own shutdown on its way is CANCELLED; for a moment, say UNAVAILABLE instead, so
             # that callers have ended their episodes and are elsewhere by then.
             time.sleep(min(LAME_DUCK_S, self.config.grace_s))
-        self._grpc.stop(self.config.grace_s).wait()
+        self._finish_calls()
         self._workers.shutdown(wait=False)
         self._porter.close()
         answered = sum(n for (_, code), n in self.metrics.call_counts().items() if code == "OK")
@@ -168,6 +169,16 @@ class Server:
         self.metrics.close()
         self.answering.tracer.flush()
         self._workers.ended(LAST_S)
+
+    def _finish_calls(self) -> None:
+        """Take none that is new, and return when those in flight are answered, or the grace is over."""
+        over = self._grpc.stop(self.config.grace_s)
+        while not self._workers.rest and not over.wait(LOOK_EACH_S):
+            pass
+        # gRPC also waits until every client has hung up, and an idle one on its older event loop may take 5 s to notice
+        # that it should. All replies are written by now.
+        over.wait(LAST_S)
+        self._grpc.stop(None).wait()
 
     @property
     def is_idle(self) -> bool:
@@ -236,6 +247,7 @@ def serve(config: Config) -> None:
     """Serve until SIGTERM, SIGINT or PolicyAdmin.Drain."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what it asks for is about to be done; else it would end the process
     share_heaps()
+    allow_connections()
     with Server(config) as server:
         refresh = threading.Event()
         listen(dict.fromkeys(STOPS, server.stopping) | {signal.SIGHUP: refresh})

@@ -83,6 +83,12 @@ class Workers(Executor):
             thread.join(max(0.0, by - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
+    @property
+    def rest(self) -> bool:
+        """Whether no task is under way, and none waits."""
+        with self._lock:
+            return not self._line and len(self._resting) == len(self._threads)
+
     def arrival(self) -> Arrival | None:
         """Of the call that this thread is answering."""
         return getattr(self._call, "arrival", None)

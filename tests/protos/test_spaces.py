@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from protos.errors import Rejected, Status
+from protos.errors import LONGEST, Rejected, Status, cut
 from protos.spaces import (
     ACTION,
     OBSERVATION,
@@ -145,6 +145,14 @@ def test_a_refusal_of_a_part_says_of_which_and_keeps_the_rest():
     whole = part.within("episode 3, ")
     assert str(whole) == "episode 3, depth: expected metres, got feet; convert them"
     assert whole.status is Status.OUT_OF_RANGE
+
+
+@given(st.text(max_size=2000))
+def test_a_refusal_fits_a_header_and_any_text_can_be_one(text):
+    part = Rejected(text, text, text, text)
+    assert all(len(getattr(part, name).encode()) <= LONGEST for name in ("field", "expected", "got", "remedy"))
+    assert part.field == text or len(text.encode()) > LONGEST
+    assert len(cut("\ud800" + 300 * "\U0001f916").encode()) <= LONGEST
 
 
 def _without(key):

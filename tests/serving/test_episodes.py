@@ -16,6 +16,8 @@ from protos.codec import pack_observation, unpack_action
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected, Status
 from protos.spaces import ACTION, SPEC, Pose
+from serving.parsing import SHORT_BYTES
+from serving.past import FARTHEST, Past
 from serving.sessions import SPARED_S, WAITING, Sessions
 from tests.makers import far_scene, small_spec, tiny_policy_file
 from tests.serving.requests import acting, refusal
@@ -163,7 +165,8 @@ def test_a_contract_cannot_be_made_to_fill_the_log(running, caplog):
         contract["observation"] |= changed
         text = json.dumps(contract, separators=(",", ":"))
         with caplog.at_level(logging.INFO):
-            assert refusal(running.stub.StartEpisode, pb.StartEpisodeRequest(contract=text))[1]["field"] == "contract"
+            field = refusal(running.stub.StartEpisode, pb.StartEpisodeRequest(contract=text))[1]["field"]
+            assert field == ("contract" if len(text) < SHORT_BYTES else "request")
     assert all(len(record.getMessage()) < 2000 for record in caplog.records)
 
 
@@ -240,6 +243,26 @@ def test_a_hold_keeps_the_last_command_that_was_carried_out(serve, tmp_path):
     assert answer.hold
     assert answer.action.p == commands[1] != 1.0
     assert len(set(commands)) == 5
+
+
+def test_steps_that_say_nothing_can_be_denied_further_back(serve, tmp_path):
+    """By a controller that speaks up only when its answers have come too late: the hand keeps what it holds."""
+    breaks = tiny_policy_file(tmp_path / "p.onnx", breaks=["nan_when_far"], golden_from="broken")
+    running = serve(policy=(str(breaks),))
+    id_ = running.stub.StartEpisode(pb.StartEpisodeRequest()).episode_id
+    commands = [running.stub.GetAction(acting(step, episode_id=id_, step=step)).action.p for step in (1, 2, 3)]
+    far = pb.GetActionRequest(observation=pack_observation(far_scene()), episode_id=id_, step=4, applied_step=1)
+    answer = running.stub.GetAction(far)
+    assert (answer.hold, answer.action.p) == (True, commands[0])
+
+
+def test_of_an_episode_whose_steps_say_nothing_few_answers_are_kept():
+    past = Past()
+    for step in range(1, 1000):
+        past.answered(pb.GetActionRequest(step=step), np.zeros(5, np.float32))
+    assert len(past._answered) == FARTHEST
+    past.answered(pb.GetActionRequest(step=1000, applied_step=999), np.zeros(5, np.float32))
+    assert [step for step, _ in past._answered] == [999, 1000]
 
 
 @pytest.mark.parametrize("claimed", [2, 3])

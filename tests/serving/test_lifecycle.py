@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -78,6 +79,17 @@ def test_a_drain_hears_how_episodes_went(serve, healthy, tmp_path, monkeypatch):
     (file,) = files_of(tmp_path / "flight")
     *_, last = read(file)
     assert last.message.request.outcome == pb.EndEpisodeRequest.OUTCOME_ABORTED
+
+
+def test_a_drain_does_not_wait_for_clients_that_only_stay_connected(launch, healthy):
+    """gRPC does, as long as its grace lets it, and serving.client is slow to notice."""
+    process = launch("--policy", healthy, "--listen", "localhost:0", "--grace-s", "60")
+    with PolicyClient(address_of(process)) as client:
+        client.act(scene(0))
+        process.send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        assert process.wait(30) == 0
+        assert time.monotonic() - begun < 3.5 + LAME_DUCK_S
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
@@ -373,3 +385,24 @@ assert not heavy, heavy
 def test_imports_stay_light(module, forbidden):
     code = LIGHT.format(module=module, forbidden=forbidden)
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+def test_a_server_has_all_the_descriptors_that_it_may_have(launch, healthy):
+    """Each connection holds one."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[0] - 1, before[1]))  # what a server begins with
+    try:
+        process = launch("--policy", healthy, "--listen", "localhost:0")
+        address_of(process)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (before[1], before[1])
+
+
+def test_who_connects_and_says_nothing_is_hung_up_on(serve, healthy, monkeypatch):
+    monkeypatch.setattr("serving.listening.HANDSHAKE_MS", 500)
+    running = serve(policy=(str(healthy),))
+    host, port = running.server.address.split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as silent:
+        while silent.recv(4096):  # the server's own settings, and then the end
+            pass

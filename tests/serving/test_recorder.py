@@ -180,6 +180,16 @@ def test_two_recorders_in_a_folder_leave_each_other_s_open_file(record, tmp_path
     assert [n for n in numbers_of(tmp_path) if n < 100] == []
 
 
+def test_a_file_that_another_server_has_just_removed_costs_no_message(record, tmp_path):
+    """Both make room at the same moment: the name is still there when it is looked at, and leads nowhere."""
+    (tmp_path / "20260101T000000000000-00001.mcap").symlink_to(tmp_path / "nowhere")
+    busy = record()
+    for number in range(20):
+        put(busy, number)
+    busy.close()
+    assert (busy.recorded, busy.dropped) == (20, 0)
+
+
 def test_a_restart_goes_on_in_the_same_folder(record, tmp_path):
     for number in range(2):
         recorder = record()

@@ -107,8 +107,10 @@ def one_bit(message, name):
         (lambda r: r.ClearField("value"), "value was absent, is"),
         (lambda r: setattr(r.raw_action, "p", float("nan")), "raw_action.p was nan"),
         (lambda r: one_bit(r.action, "dx"), "action.dx was"),
+        (lambda r: setattr(r, "hold", True), "hold was True, is False"),
+        (lambda r: r.interventions.add(field="lift", rule="limit"), "interventions were lift limit, are none"),
     ],
-    ids=["action", "std", "value", "no value", "nan", "what was executed"],
+    ids=["action", "std", "value", "no value", "nan", "what was executed", "a hold", "an intervention"],
 )
 def test_what_differs_is_named_with_its_request(recording, healthy, capsys, edit, said):
     path = edited(recording, edit)
@@ -136,6 +138,10 @@ def test_what_a_servers_limits_changed_is_changed_again(serve, tmp_path, capsys)
     assert rules >= {"limit", "jump", "workspace"}
     assert main([str(tmp_path / "flight"), "--policy", str(wild)]) == 0
     assert "12 the same, 0 different" in capsys.readouterr().out
+    path = edited(tmp_path / "flight", lambda response: response.ClearField("interventions"))
+    assert main([str(path), "--policy", str(wild)]) == 1
+    assert "interventions were none, are " in capsys.readouterr().out
+    path.unlink()
     path = edited(tmp_path / "flight", lambda response: None, limits=pb.FlightLimits())
     assert main([str(path), "--policy", str(wild)]) == 1
     assert "action.dx was" in capsys.readouterr().out
@@ -146,6 +152,7 @@ def test_of_a_recording_that_tells_no_limits_the_contract_s_are_checked(recordin
     assert main([str(path), "--policy", str(healthy)]) == 1
     out = capsys.readouterr().out
     assert "action.lift [0.05999999865889549] is not within 0.05" in out
+    assert "of 17 the recording does not tell the server's limits" in out
     assert "16 the same, 1 different" in out
 
 

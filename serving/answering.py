@@ -57,7 +57,7 @@ class Call:
         self.arrived, self.pool_s = arrival or Arrival(time.perf_counter(), 0.0)
         remaining = context.time_remaining()
         self.expires_at = math.inf if remaining is None else time.monotonic() + remaining
-        self._late_s = LATE_S + LATE_SHARE * (remaining or 0.0)
+        self._late_s = LATE_S + LATE_SHARE * (self.elapsed_s + (remaining or 0.0))
         self._context = context
         self._over_at: float | None = None
         """When it ended for gRPC, as far as that was noted (time.monotonic)."""

@@ -88,7 +88,8 @@ class PolicyClient:
         target: "host:port".
         policy, version: empty: the server's default and newest.
         timeout_s: deadline of every call, retries included; of an action, after the first answer, no longer than one
-            could be of use: a connection that has gone silent must not hold the arm for longer.
+            could be of use: a connection that has gone silent must not hold the arm for longer, but for one action
+            after each FULL_TIME_AFTER that came too late.
         spec: the contract that the caller was built for. Compared with the server's at the first call, which raises
             `protos.errors.Rejected` naming the field that differs; left out, the server's is taken.
         tls: left out, the connection is not encrypted.
@@ -217,17 +218,18 @@ class PolicyClient:
             observation=pack_observation(observation, pose=pose, age_us=age_us), contract_digest=spec.digest, **whose
         )
         left_s, useful_s = self._timeout_s - (time.monotonic() - sent), max(self._useful_s - age_us / 1e6, 0.0)
-        if self._in_vain >= FULL_TIME_AFTER:
-            self._in_vain, useful_s = 0, math.inf
+        # A frame that was too old for the server before is for the server to refuse, which may have been told anew.
+        within_s = left_s if self._in_vain == FULL_TIME_AFTER else min(left_s, useful_s or math.inf)
         try:
-            # A frame that was too old for the server before is for the server to refuse, which may have been told anew.
-            response = self._call(self._stub.GetAction, request, min(left_s, useful_s or math.inf))
+            response = self._call(self._stub.GetAction, request, within_s)
         except PolicyError as error:
             if error.code is not grpc.StatusCode.DEADLINE_EXCEEDED:  # it may be another server by now, of other ways
                 self._useful_s = math.inf
             elif 0 < useful_s < left_s:
-                self._in_vain += 1
-                told = f"no answer came in the {useful_s * 1e3:.0f} ms in which it would have been of use; {ASK_AGAIN}"
+                self._in_vain = (self._in_vain + 1) % (FULL_TIME_AFTER + 1)
+                told = (
+                    f"no answer came in {within_s * 1e3:.0f} ms, and it is of use for {useful_s * 1e3:.0f}; {ASK_AGAIN}"
+                )
                 raise PolicyError(grpc.StatusCode.OUT_OF_RANGE, told, answered=error.answered) from None
             raise
         self._useful_s, self._in_vain = (response.valid_for_us + age_us) / 1e6, 0

@@ -1,19 +1,24 @@
 """Bytes that are no message are the caller's mistake: INVALID_ARGUMENT, where grpc itself would answer INTERNAL."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected
+from serving.wire import Part, parts
 
 MAX_BATCH_ITEMS = 256
 SHORT_BYTES = 128 * 1024
 """What any message takes that holds no frame, a contract (protos.spaces has its bound) and limits included. While one
 is parsed no other call goes on: of 4 MiB of limits it would be a quarter of a second, of empty items one second."""
-_VARINT, _BYTES, _FIXED, _LONGEST_VARINT = 0, 2, {1: 8, 5: 4}, 10
-"""How a field's wire type says where it ends; of a group, which is out of use, the begin and the end are counted."""
+MOST_FIELDS = 64
+"""Of a request for an action, and of an observation: three times as many as there are."""
+REQUESTS = pb.GetActionBatchRequest.DESCRIPTOR.fields_by_name["requests"].number
+OBSERVATION = pb.GetActionRequest.DESCRIPTOR.fields_by_name["observation"].number
 LARGE_BYTES = 128 * 1024
 """Twice what a frame of 128 x 128 takes: whether a message holds more than its fields is not worth asking before."""
 
@@ -83,41 +88,28 @@ class Parser(grpc.ServerInterceptor):
 def _require_little(content: bytes, method: str) -> None:
     """Raises Rejected where to parse it would take long, DecodeError where that would fail."""
     if method == "GetActionBatch":
-        if not has_at_most(2 * MAX_BATCH_ITEMS, content):  # half of them may be a later contract's
-            raise Rejected("requests", f"1 to {MAX_BATCH_ITEMS} items", "many more")
-    elif method != "GetAction" and len(content) > SHORT_BYTES:
+        many = Rejected("requests", f"1 to {MAX_BATCH_ITEMS} items", "many more")
+        for item in _few(2 * MAX_BATCH_ITEMS, parts(content), many):  # half of them may be a later contract's
+            if item.number == REQUESTS:
+                _require_few(content, item)
+    elif method == "GetAction":
+        if len(content) > LARGE_BYTES:
+            _require_few(content, Part(0, 0, len(content)))
+    elif len(content) > SHORT_BYTES:
         raise Rejected("request", f"at most {SHORT_BYTES} bytes", str(len(content)))
 
 
-def has_at_most(count: int, content: bytes) -> bool:
-    """Whether a protobuf message has no more fields, each item of a repeated one counted (protobuf.dev, "Encoding").
-
-    Raises:
-        DecodeError: where one of the first has no end.
-    """
-    at = 0
-    for _ in range(count):
-        if at == len(content):
-            break
-        tag, at = _varint(content, at)
-        wire = tag & 7
-        if wire == _BYTES:
-            size, at = _varint(content, at)
-            at += size
-        elif wire == _VARINT:
-            at = _varint(content, at)[1]
-        else:
-            at += _FIXED.get(wire, 0)
-        if at > len(content):
-            raise DecodeError("a field is longer than its message")
-    return at == len(content)
+def _require_few(content: bytes, request: Part) -> None:
+    """Of the GetActionRequest that lies there, and of its observation: fields sent again and again take long, too."""
+    many = Rejected("request", f"at most {MOST_FIELDS} fields in a message", "many more")
+    for field in _few(MOST_FIELDS, parts(content, request.begin, request.end), many):
+        if field.number == OBSERVATION:
+            for _ in _few(MOST_FIELDS, parts(content, field.begin, field.end), many):
+                pass
 
 
-def _varint(content: bytes, at: int) -> tuple[int, int]:
-    """The number that begins there, and where it ends."""
-    number = 0
-    for place, byte in enumerate(content[at : at + _LONGEST_VARINT]):
-        number |= (byte & 127) << (7 * place)
-        if byte < 128:
-            return number, at + place + 1
-    raise DecodeError("a number has no end")
+def _few(most: int, found: Iterator[Part], many: Rejected) -> Iterator[Part]:
+    """Raises `many` behind so many of them."""
+    yield from itertools.islice(found, most)
+    if next(found, None) is not None:
+        raise many

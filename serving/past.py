@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from protos.equiserve.v1 import policy_pb2 as pb
 from protos.errors import Rejected
 
+FARTHEST = 64
+"""Answers that are kept of an episode whose steps do not say what was applied."""
+
 
 class Before(NamedTuple):
     """What came before a step.
@@ -19,10 +22,6 @@ class Before(NamedTuple):
 
     action: NDArray[np.float32] | None
     at_rest: bool
-
-
-FARTHEST = 64
-"""Answers that are kept of an episode whose steps do not say what was applied."""
 
 
 class Past:

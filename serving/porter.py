@@ -162,6 +162,11 @@ class Porter(grpc.ServerInterceptor):
         """Of a call of `client` that has begun to wait."""
         try:
             request = next(requests, None)
+        except (
+            grpc.RpcError
+        ) as gone:  # who called is, and gRPC keeps this: its traceback leads to the message, and back
+            gone.with_traceback(None)
+            request = None
         finally:
             self._end_wait(client, context)
         if request is None:  # or who called is gone: gRPC does not say which, so it is not counted

@@ -40,8 +40,8 @@ class Replay:
     limits of the server and of the episode, and what the answer said of them: `interventions` and `hold`. Of recordings
     that do not tell those limits, the action must lie within the contract's.
     Where messages were dropped (the server counts them), the action before, on which limits of a jump and the gripper
-    of a hold depend, may be another, and a difference none. Expect the same bits on the same kind of processor with the
-    same onnxruntime; elsewhere the last ones may differ.
+    of a hold depend, may be another, and a difference none; so may the recording of an older server. Expect the same
+    bits on the same kind of processor with the same onnxruntime; elsewhere the last ones may differ.
 
     Exit code 0: all that could be compared is the same. 1: something differs. 2: nothing could be compared, or the
     command itself could not be carried out.
@@ -199,7 +199,7 @@ def _differences(now: pb.GetActionResponse, then: pb.GetActionResponse, policy: 
 
 
 def _named(response: pb.GetActionResponse) -> str:
-    return ", ".join(f"{i.field} {i.rule}" for i in response.interventions) or "none"
+    return ", ".join(f"{i.field} {i.rule} {i.limit:g} to {list(i.after)}" for i in response.interventions) or "none"
 
 
 def _numbers(response: pb.GetActionResponse, spec: ActionSpec, parts: Sequence[str]) -> dict[str, float]:

@@ -143,6 +143,8 @@ def parse(argv: list[str]) -> RunConfig:
     first.add_argument("--output", type=Path)
     first.add_argument("--resume", action="store_true")
     known = first.parse_known_args(argv)[0]
+    if known.resume and known.output is None:
+        raise Rejected("--resume", "--output, the directory of the run to continue", "none")
     resumed = known.resume and known.output is not None
     defaults = _to_resume(known.output) if resumed else _preset(known.preset)
     given = defaults
@@ -241,8 +243,9 @@ def _checked(made: type, values: dict[str, Any]) -> dict[str, Any]:
         except TypeCheckError as error:
             hint = "; YAML takes 1e-4 for text, write 1.0e-4" if _is_number(value) else ""
             raise TypeError(f"{name} = {value!r}: {error}{hint}") from error
-        if isinstance(value, bool) and kinds[name] is not bool:
-            raise TypeError(f"{name} = {value!r}: a number was expected")  # to Python it is one
+        items = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(item, bool) for item in items) and kinds[name] is not bool:
+            raise TypeError(f"{name} = {value!r}: a number was expected")  # to Python, yes and no are some
     return values
 
 

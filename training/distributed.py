@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,11 @@ class Processes:
         shared = torch.tensor(value, dtype=torch.float64, device=device)
         distributed.broadcast(shared, src=0)
         return float(shared)
+
+    def begin_alike(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Take the leader's: seeds are the same, but another processor may round otherwise."""
+        for parameter in parameters if self.count > 1 else ():
+            distributed.broadcast(parameter.detach(), src=0)
 
     def anywhere(self, here: bool, device: torch.device) -> bool:
         """Whether it is so in any of the processes."""

@@ -113,7 +113,7 @@ class Evaluations:
 
     def results(self) -> list[Result]:
         """Of all evaluations so far, in the order of their updates."""
-        return [Result(**json.loads(path.read_text())) for path in self._in_order("*.json")]
+        return [Result(**json.loads(path.read_text())) for path in self._in_order(".json")]
 
     @property
     def unfinished(self) -> int:
@@ -159,10 +159,12 @@ class Evaluations:
             )  # fmt: skip
 
     def _waiting(self) -> list[Path]:
-        return [p for p in self._in_order("*.pt") if not p.with_suffix(".json").exists()]
+        return [p for p in self._in_order(".pt") if not p.with_suffix(".json").exists()]
 
-    def _in_order(self, pattern: str) -> list[Path]:
-        return sorted(self._folder.glob(pattern), key=lambda path: int(path.stem.partition("-")[2]))
+    def _in_order(self, suffix: str) -> list[Path]:
+        """Those of this run, and nothing else that lies there."""
+        updates = {path: path.stem.removeprefix("update-") for path in self._folder.glob(f"update-*{suffix}")}
+        return sorted((path for path, update in updates.items() if update.isdecimal()), key=lambda p: int(updates[p]))
 
     def _keep_the_best(self, results: list[Result]) -> None:
         chosen = self._snapshot(best(results).update)

@@ -93,7 +93,7 @@ def _train(run: Run, evaluations: Evaluations | None) -> Path:
         run.restore()
         if run.progress >= 1 and run.processes.leads:
             spent = f"{run.updates} updates, {run.seconds / 60:.1f} minutes"
-            print(f"the budget is used up ({spent}): exporting only; a larger --updates or --minutes goes on")
+            print(f"the budget is used up ({spent}): no more updates; a larger --updates or --minutes goes on")
         if evaluations:
             evaluations.resume()
     if run.processes.leads:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from protos.equiserve.v1 import policy_pb2 as pb
 from serving.answering import PATHS
-from serving.parsing import has_at_most
+from serving.parsing import LARGE_BYTES
 from serving.security import new_token
+from serving.wire import parts
 from tests.serving.requests import acting, refusal
 
 FAULTS = {"INTERNAL", "UNKNOWN", "UNAVAILABLE", "DATA_LOSS", "ABORTED", "DEADLINE_EXCEEDED"}
@@ -79,40 +80,63 @@ def fields_of(content):
     return len(known.requests) + len(UnknownFieldSet(known))
 
 
-@given(
-    st.lists(
-        st.sampled_from((b"\x0a\x00", b"\x0a\x02\x30\x07", b"\x10\x96\x01", b"\x19" + bytes(8), b"\x25" + bytes(4)))
-    )
-)
-def test_fields_are_counted_without_being_parsed(fields):
+FIELDS = (b"\x0a\x00", b"\x0a\x02\x30\x07", b"\x10\x96\x01", b"\x19" + bytes(8), b"\x25" + bytes(4))
+
+
+@given(st.lists(st.sampled_from(FIELDS)), st.binary(max_size=4))
+def test_fields_are_found_without_being_parsed(fields, around):
     content = b"".join(fields)
-    assert fields_of(content) == len(fields)
-    assert all(has_at_most(most, content) == (len(fields) <= most) for most in range(len(fields) + 2))
+    found = list(parts(around + content + around, len(around), len(around) + len(content)))
+    assert len(found) == fields_of(content) == len(fields)
+    assert [part.number for part in found] == [field[0] >> 3 for field in fields]
 
 
 @given(st.binary(max_size=40))
-def test_what_is_no_message_is_counted_as_more_or_refused(content):
+def test_what_protobuf_reads_has_as_many_fields_or_a_group(content):
     try:
         count = fields_of(content)
     except DecodeError:
         return
-    assert has_at_most(2 * len(content), content)  # a group's begin and end are two
-    assert not count or not has_at_most(0, content)
+    assert len(list(parts(content))) >= count  # of a group, begin, content and end are found
 
 
 @pytest.mark.parametrize("field", [b"\x0a", b"\x0a\x05", b"\x80" * 11, b"\x19\x00"])
 def test_a_field_without_an_end_is_no_message(field):
     for content in (field, b"\x0a\x00" + field):
         with pytest.raises(DecodeError):
-            has_at_most(3, content)
+            list(parts(content))
+
+
+def within(message, field, content):
+    """`content` as a field of such a message, in bytes."""
+    size, head = len(content), message.DESCRIPTOR.fields_by_name[field].number << 3 | 2
+    return bytes([head, *(size >> 7 * place & 127 | 128 for place in range(3)), size >> 21]) + content
+
+
+@pytest.mark.parametrize("where", ["in a request", "in an observation", "in a batch's request"])
+def test_a_field_that_comes_again_and_again_is_refused_before_it_is_parsed(running, where):
+    """To protobuf all of them are one, and four megabytes of them a tenth of a second in which nothing else goes on."""
+    again = within(pb.GetActionRequest, "observation", b"")
+    if where == "in an observation":
+        pose = within(pb.Observation, "pose", b"")
+        again = within(pb.GetActionRequest, "observation", pose * 100)
+    frame = within(pb.Observation, "depth", bytes(LARGE_BYTES))
+    sent = again * (1 if where == "in an observation" else 100) + within(pb.GetActionRequest, "observation", frame)
+    name = "GetAction"
+    if where == "in a batch's request":
+        sent, name = within(pb.GetActionBatchRequest, "requests", sent), "GetActionBatch"
+    call = running.channel.unary_unary(PATHS[name], lambda b: b, lambda b: b)
+    code, told = refusal(call, sent)
+    assert (code, told["field"]) == ("INVALID_ARGUMENT", "request")
+    assert told["expected"] == "at most 64 fields in a message"
 
 
 @pytest.mark.parametrize("name", ["StartEpisode", "EndEpisode", "GetPolicy", "ListPolicies", "GetStats"])
 def test_what_holds_no_frame_is_short(running, name):
     """Else it would keep all others waiting while it is parsed."""
     call = running.channel.unary_unary(PATHS[name], lambda b: b, lambda b: b)
-    code, parts = refusal(call, b"\x32\x00" * 80_000)
-    assert (code, parts["field"], parts["expected"]) == ("INVALID_ARGUMENT", "request", "at most 131072 bytes")
+    code, told = refusal(call, b"\x32\x00" * 80_000)
+    assert (code, told["field"], told["expected"]) == ("INVALID_ARGUMENT", "request", "at most 131072 bytes")
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -108,7 +108,7 @@ def one_bit(message, name):
         (lambda r: setattr(r.raw_action, "p", float("nan")), "raw_action.p was nan"),
         (lambda r: one_bit(r.action, "dx"), "action.dx was"),
         (lambda r: setattr(r, "hold", True), "hold was True, is False"),
-        (lambda r: r.interventions.add(field="lift", rule="limit"), "interventions were lift limit, are none"),
+        (lambda r: r.interventions.add(field="lift", rule="limit"), "interventions were lift limit 0 to [], are none"),
     ],
     ids=["action", "std", "value", "no value", "nan", "what was executed", "a hold", "an intervention"],
 )

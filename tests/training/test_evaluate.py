@@ -298,6 +298,19 @@ def test_patience_counts_evaluations_that_brought_nothing_better(by_the_end: int
         assert evaluations.exhausted is exhausted
 
 
+def test_results_are_in_the_order_of_their_updates_and_what_else_lies_there_is_none(
+    drawer: Path, tmp_path: Path
+) -> None:
+    evaluations = Evaluations(Run(parse(arguments(drawer, tmp_path, "--updates", "1"))))
+    (tmp_path / "evaluations").mkdir()
+    for update in (9_999_999, 10_000_000, 50):
+        result = json.dumps({"update": update, "successes": 1, "episodes": 2})
+        (tmp_path / "evaluations" / f"update-{update:07d}.json").write_text(result)
+    for other in ("notes.json", "update-copy.json", "update-.json"):
+        (tmp_path / "evaluations" / other).write_text("mine")
+    assert [result.update for result in evaluations.results()] == [50, 9_999_999, 10_000_000]
+
+
 def test_of_equally_good_snapshots_the_longest_trained_is_best() -> None:
     assert best([Result(10, 4, 5), Result(20, 4, 5), Result(30, 3, 5)]) == Result(20, 4, 5)
 

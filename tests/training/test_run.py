@@ -272,6 +272,7 @@ def test_a_preset_may_be_your_own_file_and_a_wrong_one_says_what_there_is(tmp_pa
         ("network: [", "flow node"),
         ("schedule: cosin", "schedule = 'cosin'"),
         ("network:\n  fields: [4, 8.5]", "fields = (4, 8.5)"),
+        ("network:\n  fields: [4, true]", "fields = (4, True)"),
         ("updates: true", "updates = True"),
         ("discount: .nan", "--discount must be a finite number"),
         ("resume: true", "resume: only for the command line"),
@@ -287,7 +288,10 @@ def test_a_preset_of_ones_own_is_checked(text: str, words: str, tmp_path: Path) 
 
 def test_a_preset_may_say_where_a_run_goes(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("minutes: 3\noutput: runs/mine\n")
-    assert parse(["--dataset", "d", "--preset", str(tmp_path / "mine.yaml")]).output == Path("runs/mine")
+    words = ["--dataset", "d", "--preset", str(tmp_path / "mine.yaml")]
+    assert parse(words).output == Path("runs/mine")
+    with pytest.raises(Rejected, match="--resume: expected --output"):  # else its own settings would not be looked at
+        parse([*words, "--resume"])
 
 
 @pytest.mark.parametrize(

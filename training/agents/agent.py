@@ -85,9 +85,9 @@ class Learner:
         self._losses: nn.Module = agent
         self._processes = processes
         if processes.count > 1:
-            # All processes begin alike, by the run's seed, and not by what torch would send them: it knows buffers by
-            # their order, which e2cnn takes from the hashes of texts, and those are another process's own.
-            # And where values learn first, each part of a run leaves some parameters out.
+            # Not by torch's init_sync, which knows buffers by their order: e2cnn takes that from the hashes of texts,
+            # and those are each process's own. And where values learn first, a part of a run leaves parameters out.
+            processes.begin_alike(agent.parameters())
             self._losses = DistributedDataParallel(
                 agent, init_sync=False, forward_sync_buffers=False, find_unused_parameters=agent.values_first > 0
             )

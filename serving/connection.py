@@ -43,7 +43,7 @@ class Connection:
 
     def __post_init__(self) -> None:
         host, _, port = self.server.rpartition(":")
-        if not host or not port.isdecimal():
+        if not host or not port.isdecimal() or not 0 < int(port) <= 65535:
             lack = "" if ":" in self.server else ", without a port"
             raise ValueError(f"--server must be HOST:PORT, for example localhost:50051, got {self.server!r}{lack}")
         if (self.tls_cert is None) != (self.tls_key is None):

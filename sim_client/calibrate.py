@@ -19,7 +19,7 @@ from protos.files import write_atomically
 from sim_client.seeds import CALIBRATED
 from sim_client.workers import Partial, Record, episodes
 
-LEAST, MOST = 0.05, 4.0
+LEAST_NOISE, MOST_NOISE = 0.05, 4.0
 ROUNDS, EPISODES = 10, 60
 """All rounds count, each on scenes of its own: a rate of 40 % is met to 2 or 3 points."""
 OFF = 0.05
@@ -38,8 +38,11 @@ def calibrate(
     Raises Rejected where no noise comes near it.
     """
     kept = folder / "calibration.json"
-    found = json.loads(kept.read_text()) if kept.exists() else {"tried": [], "successes": []}
-    tried, successes = found["tried"], found["successes"]
+    try:
+        found = json.loads(kept.read_text()) if kept.exists() else {"tried": [], "successes": []}
+        tried, successes = found["tried"], found["successes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Rejected(str(kept), "what an interrupted calibration found", repr(error), "remove the folder") from error
     noise, success = _noise_for(target, tried, successes)
     done = len(tried)
     with tqdm(total=ROUNDS * EPISODES, initial=done * EPISODES, unit="episode", desc="calibrate the noise") as bar:
@@ -58,7 +61,7 @@ def calibrate(
             scratch.remove()
     if abs(success - target) > OFF:
         expected = f"{target:.0%} of its episodes to succeed"
-        got = f"{success:.0%} at a noise of {noise:.2f}, where {LEAST:g} to {MOST:g} were possible"
+        got = f"{success:.0%} at a noise of {noise:.2f}, where {LEAST_NOISE:g} to {MOST_NOISE:g} were possible"
         raise Rejected("--target-success", expected, got, "ask for another share, or say --noise")
     return noise, success
 
@@ -66,7 +69,7 @@ def calibrate(
 def _noise_for(target: float, tried: list[float], successes: list[int]) -> tuple[float, float]:
     """(noise, rate) where the most likely logistic curve meets `target`, within the range of noises. First a guess."""
     if not tried:
-        return (LEAST * MOST) ** 0.5, target
+        return (LEAST_NOISE * MOST_NOISE) ** 0.5, target
     log_noise, wins = np.log(tried), np.array(successes)
 
     def rate(curve: NDArray[np.float64], at: Any) -> Any:
@@ -80,5 +83,5 @@ def _noise_for(target: float, tried: list[float], successes: list[int]) -> tuple
 
     curve = minimize(surprise, np.array([0.0, np.log(USUAL_SLOPE)]), method="Nelder-Mead").x
     log_found = (curve[0] - logit(np.clip(target, 1e-3, 1 - 1e-3))) / np.exp(curve[1])
-    found = float(np.exp(np.clip(log_found, np.log(LEAST), np.log(MOST))))
+    found = float(np.exp(np.clip(log_found, np.log(LEAST_NOISE), np.log(MOST_NOISE))))
     return found, float(rate(curve, np.log(found)))

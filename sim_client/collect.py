@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import math
+import os
 import signal
 import sys
 import time
@@ -23,14 +23,16 @@ from protos.files import held
 from serving.errors import PolicyRefused
 from sim_client import TaskName
 from sim_client.behaviors import Actors, Mixture, parse
-from sim_client.calibrate import calibrate
+from sim_client.calibrate import MOST_NOISE, calibrate
 from sim_client.episodes import Episode
 from sim_client.rollout import rollout
-from sim_client.seeds import RECORDED_PER_SEED, SURVEYED
+from sim_client.seeds import RECORDED_PER_SEED, SEEDS
 from sim_client.store import About, dataset_id, write
 from sim_client.workers import Partial, Record, episodes
 from sim_client.world import World, unwrapped
 
+MOST_WORKERS = 4
+"""For each core."""
 HOPELESS = 1000
 """So many failures in a row, where only successes are kept, and it is time to say that there may be none."""
 
@@ -82,19 +84,21 @@ class Collect:
             raise ValueError("give either --episodes N or --transitions N")
         if (self.episodes or self.transitions or 0) < 1:
             raise ValueError(f"nothing to record: --episodes {self.episodes} --transitions {self.transitions}")
-        if not 0 <= self.seed < SURVEYED // RECORDED_PER_SEED:
-            most = SURVEYED // RECORDED_PER_SEED - 1  # beyond are the scenes of evaluation
-            raise ValueError(f"--seed must not be negative, and at most {most}, got {self.seed}")
-        if self.workers < 1:
-            raise ValueError(f"--workers must be at least 1, got {self.workers}")
+        if (self.episodes or 0) > RECORDED_PER_SEED:
+            raise ValueError(f"--episodes: a seed has {RECORDED_PER_SEED} scenes, got {self.episodes}")
+        if not 0 <= self.seed < SEEDS:  # beyond are the scenes of evaluation
+            raise ValueError(f"--seed must not be negative, and at most {SEEDS - 1}, got {self.seed}")
+        most = MOST_WORKERS * (os.cpu_count() or 1)
+        if not 1 <= self.workers <= most:
+            raise ValueError(f"--workers must be at least 1, and here at most {most}, got {self.workers}")
         is_noisy = any(behavior.kind == "noisy" for behavior in parse(self.behavior))
         given = [value for value in (self.noise, self.target_success) if value is not None]
         if len(given) != int(is_noisy):
             neither = "neither --noise nor --target-success, which belong to a noisy behaviour"
             takes = "one of --noise X and --target-success SHARE" if is_noisy else neither
             raise ValueError(f"--behavior {self.behavior} takes {takes}")
-        if self.noise is not None and not 0 <= self.noise < math.inf:
-            raise ValueError(f"--noise must be finite and not negative, got {self.noise}")
+        if self.noise is not None and not 0 <= self.noise <= MOST_NOISE:
+            raise ValueError(f"--noise must not be negative, and at most {MOST_NOISE:g}, got {self.noise}")
         if self.target_success is not None and not 0 < self.target_success < 1:
             raise ValueError(f"--target-success is a share between 0 and 1, got {self.target_success}")
 
@@ -134,6 +138,8 @@ def record(config: Collect, partial: Partial, noise: float) -> Iterator[Episode]
     ):
         done = failures = 0
         for index, episode in enumerate(endless):
+            if index == RECORDED_PER_SEED:
+                raise ValueError(f"--seed {config.seed} has no more scenes: collect the rest with another seed")
             bar.set_postfix_str(f"{index + 1} episodes run")
             if not (episode.success or config.keep_failures):
                 partial.reject(index, episode)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from protos.errors import Rejected
+from protos.errors import Rejected, shown
 from protos.spaces import PolicySpec
 
 OUTSIDE = 1e-5
@@ -71,6 +71,8 @@ def check(episode: Episode, spec: PolicySpec, where: str) -> Episode:
     steps, view = len(episode.action), spec.observation
     if steps == 0:
         raise Rejected(where, "at least one step", "none", "remove the empty episode")
+    if not episode.behavior.isprintable():
+        raise Rejected(f"{where}, behavior", "a text without control characters", shown(episode.behavior))
     depth = _array(where, "depth", episode.depth, (steps + 1, *view.shape))
     low, high = np.float32(view.depth_min_m), np.float32(view.depth_max_m)
     _within(where, "depth", (depth >= low) & (depth <= high), depth, f"{low:g} to {high:g} m")

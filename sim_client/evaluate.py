@@ -71,8 +71,8 @@ class Evaluate:
             raise ValueError(f"--timeout-s must be positive seconds, finite ones, got {self.timeout_s}")
         if not 0 <= self.wait_s <= threading.TIMEOUT_MAX:
             raise ValueError(f"--wait-s must be finite seconds, not below 0, got {self.wait_s}")
-        if self.episodes < 1:
-            raise ValueError(f"--episodes must be at least 1, got {self.episodes}")
+        if not 1 <= self.episodes <= EVALUATED_PER_SEED:
+            raise ValueError(f"--episodes must be at least 1, and at most {EVALUATED_PER_SEED}, got {self.episodes}")
         if self.seed < 0:
             raise ValueError(f"--seed must not be negative, got {self.seed}")
         if self.min_success is not None and not 0 <= self.min_success <= 1:

@@ -46,9 +46,11 @@ class Look:
     """Let the expert act this many steps first."""
 
     def __post_init__(self) -> None:
-        known = sorted(Figure().canvas.get_supported_filetypes())
+        known = sorted(Figure().canvas.get_supported_filetypes().keys() - {"pgf"})  # which needs a TeX
         if self.output.suffix and self.output.suffix[1:].lower() not in known:
             raise ValueError(f"--output {self.output}: a picture's name ends in one of {', '.join(known)}")
+        if self.seed < 0 or self.steps < 0:
+            raise ValueError(f"--seed and --steps must not be negative, got {self.seed} and {self.steps}")
 
 
 def draw(config: Look) -> None:

@@ -6,6 +6,8 @@ Recorded ones begin at 0, RECORDED_PER_SEED for each --seed of sim_client.collec
 RECORDED_PER_SEED = 1_000_000
 SURVEYED = 700_000_000
 """And above: the tasks' own check-ups. Recorded scenes end here."""
+SEEDS = SURVEYED // RECORDED_PER_SEED
+"""So many seeds sim_client.collect has."""
 CALIBRATED = 800_000_000
 """The noise of a noisy expert is chosen on these."""
 WATCHED = 850_000_000

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -46,8 +47,11 @@ class Partial:
         self.folder = self.folder_of(output)
         shutil.rmtree(self._done, ignore_errors=True)  # of a removal that was interrupted
         asked, ours = self.folder / "request.json", json.dumps(request, sort_keys=True, indent=2)
-        if asked.exists() and asked.read_text() != ours:
-            before = json.loads(asked.read_text())
+        if self.left_of(output) and asked.exists() and asked.read_text() != ours:
+            try:
+                before = dict(json.loads(asked.read_text()))
+            except (ValueError, TypeError) as error:
+                raise FileExistsError(f"{asked} is damaged ({error}): remove the folder") from error
             differ = sorted(k for k in before.keys() | request.keys() if before.get(k) != request.get(k))
             raise FileExistsError(
                 f"{self.folder} holds an interrupted collection that differs in {', '.join(differ)}: "
@@ -75,9 +79,13 @@ class Partial:
         return self.folder / f"{index:07d}.npz"
 
     def load(self, index: int) -> Episode:
-        with np.load(self.path(index), allow_pickle=False) as file:
-            values = {name: file[name] for name in file.files}
-        return Episode(**{name: value if value.ndim else value.item() for name, value in values.items()})
+        path = self.path(index)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                values = {name: file[name] for name in file.files}
+            return Episode(**{name: value if value.ndim else value.item() for name, value in values.items()})
+        except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it, and it is recorded again") from error
 
     def reject(self, index: int, episode: Episode) -> None:
         """Keep no more of a failure than that it was one: of a rare success's there may be thousands, of 3 MB each."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shlex
 import shutil
 import signal
@@ -16,6 +17,7 @@ import tyro
 
 from protos.errors import Rejected
 from protos.files import write_atomically
+from sim_client.seeds import SEEDS
 from sim_client.workers import Partial
 from training.names import POLICY
 
@@ -44,6 +46,14 @@ class Demo:
     """Closed-loop episodes."""
     setup_seconds: float = 0.0
     """What the set-up took, for the report."""
+
+    def __post_init__(self) -> None:
+        """What its commands would refuse, before anything of an earlier demo is removed."""
+        for name in ("episodes", "minutes", "eval_episodes"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(self, name)}")
+        if not 0 <= self.seed < SEEDS:
+            raise ValueError(f"--seed must not be negative, and below {SEEDS}, got {self.seed}")
 
 
 class Stages:

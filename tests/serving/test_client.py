@@ -210,7 +210,9 @@ def test_where_nothing_answers_is_asked_what_runs_there(serve, healthy, tmp_path
     assert "TLS" not in str(early.value)
 
 
-@pytest.mark.parametrize("server", ["localhost", "localhost:", ":50051", "localhost:grpc", ""])
+@pytest.mark.parametrize(
+    "server", ["localhost", "localhost:", ":50051", "localhost:grpc", "localhost:99999", "localhost:0", ""]
+)
 def test_an_address_without_host_or_port_is_refused(server):
     with pytest.raises(ValueError, match=r"--server must be HOST:PORT"):
         Connection(server)

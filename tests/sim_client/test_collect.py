@@ -365,9 +365,22 @@ def test_a_recorder_lets_go_of_its_physics(tmp_path: Path) -> None:
 def test_what_was_left_of_another_collection_is_not_mixed_in(tmp_path: Path) -> None:
     config = Collect(output=tmp_path / "d", task="block_picking", episodes=4)
     request = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "workers")}
-    workers.Partial(config.output, json.loads(json.dumps(request, default=str)))
+    kept = workers.Partial(config.output, json.loads(json.dumps(request, default=str)))
+    kept.path(0).write_bytes(b"cut short")
     with pytest.raises(FileExistsError, match="differs in seed"):
         collect(dataclasses.replace(config, seed=1))
+    with pytest.raises(ValueError, match=r"0000000\.npz is damaged .*remove it"):
+        collect(config)
+    (kept.folder / "request.json").write_text("cut")
+    with pytest.raises(FileExistsError, match=r"request\.json is damaged .*remove the folder"):
+        collect(config)
+
+
+def test_a_collection_that_recorded_nothing_has_no_hold_on_the_place(tmp_path: Path) -> None:
+    config = Collect(output=tmp_path / "d", task="block_picking", episodes=1)
+    workers.Partial(config.output, {"episodes": 40, "task": "drawer_opening"})
+    collect(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
 def test_episodes_that_nobody_knows_the_request_of_are_not_taken_for_ours(tmp_path: Path) -> None:
@@ -389,7 +402,8 @@ def test_a_policy_that_was_replaced_meanwhile_does_not_go_on_for_the_other(
     file = tiny_policy_file(tmp_path / "tiny.onnx", SPEC)
     config = Collect(output=tmp_path / "d", task="block_picking", episodes=2, behavior=f"policy:{file}")
 
-    def interrupted(*_args: Any) -> None:
+    def interrupted(_output: Path, recorded: Iterator[Any], *_args: Any) -> None:
+        next(recorded)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -419,6 +433,9 @@ def test_an_existing_dataset_is_not_overwritten(tmp_path: Path, monkeypatch, cap
         ({"episodes": 1, "seed": -1}, "must not be negative"),
         ({"episodes": 1, "seed": 900}, "at most 699"),
         ({"episodes": 1, "workers": 0}, "at least 1"),
+        ({"episodes": 1, "workers": 100_000}, "and here at most"),
+        ({"episodes": 1_000_001}, "a seed has 1000000 scenes"),
+        ({"episodes": 1, "behavior": "noisy", "noise": 1e308}, "at most 4"),
         ({"episodes": 1, "behavior": "clever"}, "no behaviour"),
         ({"episodes": 1, "behavior": "mixed:expert=0.5,random=0.2"}, "sum to 1"),
         ({"episodes": 1, "behavior": "mixed:expert=half"}, "mixed:expert="),

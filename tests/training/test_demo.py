@@ -16,8 +16,8 @@ def _fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stages, "run", fail)
 
 
-def demo(output: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["demo", "--output", str(output)])
+def demo(output: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["demo", "--output", str(output), *flags])
     return main()
 
 
@@ -55,3 +55,18 @@ def test_nothing_of_an_earlier_demo_survives_one_that_fails(
     assert demo(tmp_path, monkeypatch) == 1
     assert capsys.readouterr().err.count("the demo stopped: collect failed") == 2
     assert not [file for file in files if file.exists()]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [("--episodes", "0"), ("--minutes", "-1"), ("--minutes", "nan"), ("--eval-episodes", "0"), ("--seed", "700")],
+)
+def test_what_its_commands_would_refuse_removes_nothing(
+    wrong: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo(tmp_path, monkeypatch)
+    files = fill(tmp_path)
+    with pytest.raises(SystemExit):
+        demo(tmp_path, monkeypatch, *wrong)
+    assert wrong[0] in capsys.readouterr().err
+    assert all(file.exists() for file in files)

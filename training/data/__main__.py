@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from protos.errors import Rejected
+from protos.files import require_writable
 from protos.spaces import PolicySpec
 from serving.errors import PolicyRefused
 from sim_client.episodes import Episode
@@ -83,6 +84,8 @@ class Inspect:
     def run(self) -> int:
         from training.data.page import text, write_page  # matplotlib takes as long to load as all the rest
 
+        if self.html is not None:
+            require_writable(self.html)
         about, episodes = open_dataset(self.path, geometry=_geometry(self.geometry))
         kept: list[Episode] = []
         survey = Survey.of(about.spec, _keep_first(episodes, kept))

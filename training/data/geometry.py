@@ -109,6 +109,6 @@ def _rounded(values: Array, low: float, high: float) -> Array:
 
 
 def _numbers(name: str, values: Array) -> Array:
-    if not (np.issubdtype(values.dtype, np.number) or values.dtype == bool):
+    if not (np.issubdtype(values.dtype, np.number) or values.dtype == bool) or np.iscomplexobj(values):
         raise Rejected(name, "numbers", str(values.dtype))
     return values.astype(np.float64)

@@ -122,12 +122,19 @@ def _value(path: Path, name: str, key: Key, value: Any) -> Any:
     if value is key.default:
         return value
     wrong = isinstance(value, bool) or not isinstance(value, key.kind) or value == ""
-    if isinstance(value, float) and not math.isfinite(value) and name != "depth.missing":
+    if not wrong and isinstance(value, int | float) and not _is_finite(value) and name != "depth.missing":
         raise Rejected(f"{path}, {name}", f"{key.meaning}, a finite number, e.g. {example}", repr(value))
     if wrong or (key.choices and value not in key.choices):
         choices = f" (one of {', '.join(key.choices)})" if key.choices else ""
         raise Rejected(f"{path}, {name}", f"{key.meaning}{choices}, e.g. {example}", repr(value))
     return value
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # TOML's integers are of any length
+        return False
 
 
 def _geometry(value: dict[str, Any]) -> Geometry:

@@ -40,8 +40,9 @@ class Split:
     def run(self) -> int:
         if not 0 < self.share < 1:
             raise Rejected("--share", "a share between 0 and 1", str(self.share))
-        if self.output_a.resolve() == self.output_b.resolve():
-            raise Rejected("--output-b", "another place than --output-a", str(self.output_b))
+        a, b = self.output_a.resolve(), self.output_b.resolve()
+        if a.is_relative_to(b) or b.is_relative_to(a):
+            raise Rejected("--output-b", "another place than --output-a, neither within the other", str(self.output_b))
         for output in (self.output_a, self.output_b):
             require_absent(output)
         about, episodes = open_dataset(self.path)

@@ -226,6 +226,12 @@ NPZ: dict[str, tuple[Breaker, str]] = {
     "a seed too few": (arrays(seed=np.array([1, 2])), "seed: expected length 3, one per episode"),
     "a seed that is no number": (arrays(seed=np.array([np.nan] * 3)), "seed: expected integers, -1 for none"),
     "ends of another shape": (arrays(terminated=np.zeros((3, 2), bool)), "terminated: expected shape [3]"),
+    "ends in words": (
+        arrays(terminated=np.array(["False"] * 3)),
+        "terminated: expected bool, of each episode, got <U5",
+    ),
+    "ends that are no numbers": (arrays(truncated=np.full(3, np.nan)), "truncated: expected bool"),
+    "a behaviour of two lines": (arrays(behavior=np.array(["a\nb"] * 3)), "behavior: expected a text without control"),
     "no end": (arrays(terminated=None), "episode 0, terminated: expected one per episode"),
     "no reward": (arrays(reward=None), "episode 0, reward: expected one per step"),
     "NaN depth": (poked("depth", (5, 1, 1), np.nan), "episode 1, step 2, depth: expected finite"),

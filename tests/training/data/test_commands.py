@@ -287,6 +287,13 @@ def test_a_split_by_no_share_is_refused(path: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_split_into_itself_is_refused(path: Path, tmp_path: Path) -> None:
+    for outputs in (("a", "a"), ("a", "a/b"), ("q/a", "q")):
+        flags = [word for flag, output in zip("ab", outputs, strict=True) for word in (f"--output-{flag}", output)]
+        assert main(["split", str(path), *(str(tmp_path / f) if "--" not in f else f for f in flags)]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def merged(tmp_path: Path, *paths: Path) -> int:
     return main(["merge", *map(str, paths), "--output", str(tmp_path / "both")])
 

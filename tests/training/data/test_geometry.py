@@ -77,6 +77,7 @@ def test_a_missing_key_is_named_with_its_meaning_and_an_example(name: str, tmp_p
         ("depth.max_m", "max_m = -1.0", "depth range"),
         ("depth.metres_per_unit", "metres_per_unit = inf", "depth.metres_per_unit: expected metres that one unit"),
         ("depth.offset_m", "offset_m = nan", "depth.offset_m"),
+        ("depth.offset_m", f"offset_m = 1{400 * '0'}", "depth.offset_m: expected"),
         ("gripper.zero", "zero = nan", "gripper.zero"),
         ("action.gripper.closed", "closed = -inf", "action.gripper.closed"),
         ("gripper.meaning", 'meaning = "force"', "gripper.meaning"),

@@ -83,6 +83,9 @@ def _require_lengths(path: Path, arrays: Mapping[str, Array], names: Mapping[str
             raise Rejected(f"{path}, {name}", f"shape [{episodes}]", f"shape {arrays[name].shape}")
     if "seed" in arrays and not np.issubdtype(arrays["seed"].dtype, np.integer):
         raise Rejected(f"{path}, seed", f"integers, {NO_SEED} for none", str(arrays["seed"].dtype))
+    for name in ("terminated", "truncated"):
+        if name in arrays and not np.isin(arrays[name], (0, 1)).all():  # bool("False") is true, and of a NaN, too
+            raise Rejected(f"{path}, {name}", "bool, of each episode", f"{arrays[name].dtype}, e.g. {arrays[name][0]}")
 
 
 def _episodes(arrays: Mapping[str, Array], names: Mapping[str, str], lengths: Array) -> Iterator[Raw]:

@@ -227,9 +227,8 @@ class PolicyClient:
                 self._useful_s = math.inf
             elif 0 < useful_s < left_s:
                 self._in_vain = (self._in_vain + 1) % (FULL_TIME_AFTER + 1)
-                told = (
-                    f"no answer came in {within_s * 1e3:.0f} ms, and it is of use for {useful_s * 1e3:.0f}; {ASK_AGAIN}"
-                )
+                times = f"no answer came within {within_s * 1e3:.0f} ms; one is of use for {useful_s * 1e3:.0f} ms"
+                told = f"{times}: {ASK_AGAIN}"
                 raise PolicyError(grpc.StatusCode.OUT_OF_RANGE, told, answered=error.answered) from None
             raise
         self._useful_s, self._in_vain = (response.valid_for_us + age_us) / 1e6, 0

@@ -45,7 +45,8 @@ class Connection:
         host, _, port = self.server.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) <= 65535:
             lack = "" if ":" in self.server else ", without a port"
-            raise ValueError(f"--server must be HOST:PORT, for example localhost:50051, got {self.server!r}{lack}")
+            expected = "HOST:PORT, for example localhost:50051, the port from 1 to 65535"
+            raise ValueError(f"--server must be {expected}, got {self.server!r}{lack}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key go together")
         if self.token and self.token_file:

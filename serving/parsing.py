@@ -1,6 +1,5 @@
 """Bytes that are no message are the caller's mistake: INVALID_ARGUMENT, where grpc itself would answer INTERNAL."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ SHORT_BYTES = 128 * 1024
 """What any message takes that holds no frame, a contract (protos.spaces has its bound) and limits included. While one
 is parsed no other call goes on: of 4 MiB of limits it would be a quarter of a second, of empty items one second."""
 MOST_FIELDS = 64
-"""Of a request for an action, and of an observation: three times as many as there are."""
+"""Of a request for an action, its observation's among them: three times as many as there are."""
 REQUESTS = pb.GetActionBatchRequest.DESCRIPTOR.fields_by_name["requests"].number
 OBSERVATION = pb.GetActionRequest.DESCRIPTOR.fields_by_name["observation"].number
 LARGE_BYTES = 128 * 1024
@@ -89,27 +88,36 @@ def _require_little(content: bytes, method: str) -> None:
     """Raises Rejected where to parse it would take long, DecodeError where that would fail."""
     if method == "GetActionBatch":
         many = Rejected("requests", f"1 to {MAX_BATCH_ITEMS} items", "many more")
-        for item in _few(2 * MAX_BATCH_ITEMS, parts(content), many):  # half of them may be a later contract's
-            if item.number == REQUESTS:
-                _require_few(content, item)
+        inside = _Few(MOST_FIELDS * MAX_BATCH_ITEMS)
+        for item in _Few(2 * MAX_BATCH_ITEMS, many).of(parts(content)):  # half of them may be a later contract's
+            if item.is_bytes and item.number == REQUESTS:
+                inside.require(content, item.begin, item.end)
     elif method == "GetAction":
         if len(content) > LARGE_BYTES:
-            _require_few(content, Part(0, 0, len(content)))
+            _Few(MOST_FIELDS).require(content, 0, len(content))
     elif len(content) > SHORT_BYTES:
         raise Rejected("request", f"at most {SHORT_BYTES} bytes", str(len(content)))
 
 
-def _require_few(content: bytes, request: Part) -> None:
-    """Of the GetActionRequest that lies there, and of its observation: fields sent again and again take long, too."""
-    many = Rejected("request", f"at most {MOST_FIELDS} fields in a message", "many more")
-    for field in _few(MOST_FIELDS, parts(content, request.begin, request.end), many):
-        if field.number == OBSERVATION:
-            for _ in _few(MOST_FIELDS, parts(content, field.begin, field.end), many):
-                pass
+class _Few:
+    """So many fields and no more, of all the messages together that it is asked about: also the search takes time."""
 
+    def __init__(self, most: int, many: Rejected | None = None) -> None:
+        self._left = most
+        self._many = many or Rejected("request", f"at most {most} fields", "many more", "send each field once")
 
-def _few(most: int, found: Iterator[Part], many: Rejected) -> Iterator[Part]:
-    """Raises `many` behind so many of them."""
-    yield from itertools.islice(found, most)
-    if next(found, None) is not None:
-        raise many
+    def of(self, found: Iterator[Part]) -> Iterator[Part]:
+        """Raises Rejected behind the last that there may be."""
+        for part in found:
+            if not self._left:
+                raise self._many
+            self._left -= 1
+            yield part
+
+    def require(self, content: bytes, begin: int, end: int) -> None:
+        """Count those of the GetActionRequest that lies there, and of its observation: protobuf takes the time for each
+        that comes again, and keeps the last."""
+        for field in self.of(parts(content, begin, end)):
+            if field.is_bytes and field.number == OBSERVATION:
+                for _ in self.of(parts(content, field.begin, field.end)):
+                    pass

@@ -162,10 +162,9 @@ class Porter(grpc.ServerInterceptor):
         """Of a call of `client` that has begun to wait."""
         try:
             request = next(requests, None)
-        except (
-            grpc.RpcError
-        ) as gone:  # who called is, and gRPC keeps this: its traceback leads to the message, and back
-            gone.with_traceback(None)
+        except grpc.RpcError as error:
+            # The caller has left. gRPC keeps this error, and its traceback would keep the call and its message.
+            error.with_traceback(None)
             request = None
         finally:
             self._end_wait(client, context)

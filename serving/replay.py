@@ -40,8 +40,9 @@ class Replay:
     limits of the server and of the episode, and what the answer said of them: `interventions` and `hold`. Of recordings
     that do not tell those limits, the action must lie within the contract's.
     Where messages were dropped (the server counts them), the action before, on which limits of a jump and the gripper
-    of a hold depend, may be another, and a difference none; so may the recording of an older server. Expect the same
-    bits on the same kind of processor with the same onnxruntime; elsewhere the last ones may differ.
+    of a hold depend, may be another, and a difference none; a recording of an older server may differ for the
+    same reason. Expect the same bits on the same kind of processor with the same onnxruntime; elsewhere the last ones
+    may differ.
 
     Exit code 0: all that could be compared is the same. 1: something differs. 2: nothing could be compared, or the
     command itself could not be carried out.

@@ -1,12 +1,12 @@
-"""What a protobuf message holds, seen from its bytes (protobuf.dev, "Encoding"): it can take a second to be parsed."""
+"""What a protobuf message holds, without parsing it, which can take a second (protobuf.dev, "Encoding")."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
-_VARINT, _BYTES, _FIXED, _LONGEST_VARINT = 0, 2, {1: 8, 5: 4}, 10
-"""How a field's wire type says where it ends; of a group, which is out of use, the begin and the end are counted."""
+_VARINT, _BYTES, _GROUP, _END, _FIXED, _LONGEST_VARINT = 0, 2, 3, 4, {1: 8, 5: 4}, 10
+"""How a field's wire type says where it ends."""
 
 
 class Part(NamedTuple):
@@ -15,15 +15,18 @@ class Part(NamedTuple):
     number: int
     begin: int
     end: int
+    is_bytes: bool
+    """A message, a text or bytes, and no number."""
 
 
 def parts(content: bytes, begin: int = 0, end: int | None = None) -> Iterator[Part]:
-    """The fields on the outermost level of the message that lies there.
+    """The fields on the outermost level of the message that lies there. Of a group, which is out of use and none of
+    ours, its begin, what it holds and its end come one by one, as fields of number 0.
 
     Raises:
         DecodeError: at one that has no end.
     """
-    at, end = begin, len(content) if end is None else end
+    at, end, groups = begin, len(content) if end is None else end, 0
     while at < end:
         tag, at = _varint(content, at)
         wire = tag & 7
@@ -34,7 +37,9 @@ def parts(content: bytes, begin: int = 0, end: int | None = None) -> Iterator[Pa
             size = _varint(content, at)[1] - at
         if at + size > end:
             raise DecodeError("a field is longer than its message")
-        yield Part(tag >> 3, at, at + size)
+        groups += wire == _GROUP
+        yield Part(0 if groups else tag >> 3, at, at + size, wire == _BYTES)
+        groups -= wire == _END
         at += size
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial as bind
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -128,7 +129,7 @@ def recorder(config: Collect, noise: float) -> Record:
 def record(config: Collect, partial: Partial, noise: float) -> Iterator[Episode]:
     """The episodes that `config` asks for, in order; each is on disk before the next begins.
 
-    Raises ValueError where only successes are kept and there are none.
+    Raises ValueError where only successes are kept and there are none, or a seed has not enough scenes.
     """
     wanted = config.episodes or config.transitions or 0
     endless = episodes(partial, bind(recorder, config, noise), config.workers)
@@ -137,9 +138,7 @@ def record(config: Collect, partial: Partial, noise: float) -> Iterator[Episode]
         tqdm(total=wanted, unit="episode" if config.episodes else "transition", desc=config.task) as bar,
     ):
         done = failures = 0
-        for index, episode in enumerate(endless):
-            if index == RECORDED_PER_SEED:
-                raise ValueError(f"--seed {config.seed} has no more scenes: collect the rest with another seed")
+        for index, episode in enumerate(islice(endless, RECORDED_PER_SEED)):
             bar.set_postfix_str(f"{index + 1} episodes run")
             if not (episode.success or config.keep_failures):
                 partial.reject(index, episode)
@@ -162,6 +161,10 @@ def record(config: Collect, partial: Partial, noise: float) -> Iterator[Episode]
             yield kept
             if done >= wanted:
                 return
+        raise ValueError(
+            f"--seed {config.seed} has {RECORDED_PER_SEED} scenes, and they are not enough: collect less by each of "
+            "several seeds, and join them by training.data merge"
+        )
 
 
 def prepare(config: Collect) -> About:
@@ -206,7 +209,7 @@ def collect(config: Collect) -> Summary:
         FileExistsError: the output exists, an interrupted collection asked for something else, or another process
             records the same.
         PolicyRefused, Rejected: a policy file cannot act here, or no noise comes near to --target-success.
-        ValueError: only successes are to be kept, and there are none.
+        ValueError: only successes are to be kept, and there are none; or a seed has not enough scenes.
         OSError: the disk; what is recorded stays for the next run.
     """
     if config.output.exists():
@@ -215,15 +218,16 @@ def collect(config: Collect) -> Summary:
     request = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "workers")}
     if "policies" in about.notes:  # a file may have been replaced since
         request["policies"] = about.notes["policies"]
-    partial = Partial(config.output, json.loads(json.dumps(request, default=str)))
+    folder = Partial.folder_of(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(held(partial.folder))
+            stack.enter_context(held(folder))
         except BlockingIOError as error:
             raise FileExistsError(
                 f"another process records {config.output}: let it finish, or choose another --output"
             ) from error
-        return _collect(config, about, partial)
+        return _collect(config, about, Partial(config.output, json.loads(json.dumps(request, default=str))))
 
 
 def _collect(config: Collect, about: About, partial: Partial) -> Summary:

@@ -143,8 +143,6 @@ def parse(argv: list[str]) -> RunConfig:
     first.add_argument("--output", type=Path)
     first.add_argument("--resume", action="store_true")
     known = first.parse_known_args(argv)[0]
-    if known.resume and known.output is None:
-        raise Rejected("--resume", "--output, the directory of the run to continue", "none")
     resumed = known.resume and known.output is not None
     defaults = _to_resume(known.output) if resumed else _preset(known.preset)
     given = defaults
@@ -152,6 +150,8 @@ def parse(argv: list[str]) -> RunConfig:
     if any(argument.startswith(("--minutes", "--updates")) for argument in argv):
         given = replace(defaults, minutes=None, updates=None)
     config = tyro.cli(RunConfig, args=argv, default=given, prog="python -m training.run", description=RunConfig.__doc__)
+    if config.resume and not resumed:
+        raise Rejected("--resume", "--output, the directory of the run to continue", "none on the command line")
     if not (config.minutes or config.updates or config.patience):  # a preset of one's own may leave all of them out
         raise ValueError("nothing says when to stop: give --minutes, --updates, or --eval-every with --patience")
     if getattr(getattr(config, config.algo), "values_first", 0) and not (config.minutes or config.updates):

@@ -17,7 +17,7 @@ import tyro
 
 from protos.errors import Rejected
 from protos.files import write_atomically
-from sim_client.seeds import SEEDS
+from sim_client.seeds import EVALUATED_PER_SEED, RECORDED_PER_SEED, SEEDS
 from sim_client.workers import Partial
 from training.names import POLICY
 
@@ -49,11 +49,14 @@ class Demo:
 
     def __post_init__(self) -> None:
         """What its commands would refuse, before anything of an earlier demo is removed."""
-        for name in ("episodes", "minutes", "eval_episodes"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(self, name)}")
-        if not 0 <= self.seed < SEEDS:
-            raise ValueError(f"--seed must not be negative, and below {SEEDS}, got {self.seed}")
+        for name, least, most in (
+            ("episodes", 1, RECORDED_PER_SEED), ("eval_episodes", 1, EVALUATED_PER_SEED), ("seed", 0, SEEDS - 1)
+        ):  # fmt: skip
+            if not least <= getattr(self, name) <= most:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} must be at least {least}, and at most {most}, got {getattr(self, name)}")
+        if not 0 < self.minutes < math.inf:
+            raise ValueError(f"--minutes must be positive and finite, got {self.minutes}")
 
 
 class Stages:

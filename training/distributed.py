@@ -42,7 +42,7 @@ class Processes:
 
     def begin_alike(self, parameters: Iterable[torch.Tensor]) -> None:
         """Take the leader's: seeds are the same, but another processor may round otherwise."""
-        for parameter in parameters if self.count > 1 else ():
+        for parameter in parameters:
             distributed.broadcast(parameter.detach(), src=0)
 
     def anywhere(self, here: bool, device: torch.device) -> bool:

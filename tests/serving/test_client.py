@@ -419,6 +419,22 @@ def test_a_slower_server_in_the_same_place_is_given_its_time_in_the_end(fickle):
             assert fickle.remaining_s[-1] > 20
 
 
+def test_a_server_that_says_nothing_at_all_holds_the_arm_for_longer_once_in_a_while(fickle):
+    with PolicyClient(fickle.address, timeout_s=2.0) as client:
+        client.policy()
+        fickle.valid_s = 0.2
+        with suppress(PolicyError):  # on a busy machine it comes too late
+            client.act(scene(0))
+        fickle.delay_s, took_s = 3.0, []
+        for _ in range(FULL_TIME_AFTER + 2):
+            begun = time.monotonic()
+            with pytest.raises(PolicyError, match="within") as refused:
+                client.act(scene(0))
+            took_s.append(time.monotonic() - begun)
+            assert refused.value.late
+        assert [took > 1.2 for took in took_s] == [False] * FULL_TIME_AFTER + [True, False]
+
+
 def test_a_server_that_allows_more_than_before_is_given_that_time(fickle):
     with PolicyClient(fickle.address, timeout_s=30.0) as client:
         client.policy()

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.equiserve.v1 import policy_pb2 as pb
+from protos.errors import Rejected
 from serving.answering import PATHS
-from serving.parsing import LARGE_BYTES
+from serving.parsing import LARGE_BYTES, _require_little
 from serving.security import new_token
 from serving.wire import parts
 from tests.serving.requests import acting, refusal
@@ -89,6 +90,7 @@ def test_fields_are_found_without_being_parsed(fields, around):
     found = list(parts(around + content + around, len(around), len(around) + len(content)))
     assert len(found) == fields_of(content) == len(fields)
     assert [part.number for part in found] == [field[0] >> 3 for field in fields]
+    assert [part.is_bytes for part in found] == [field[0] & 7 == 2 for field in fields]
 
 
 @given(st.binary(max_size=40))
@@ -105,6 +107,38 @@ def test_a_field_without_an_end_is_no_message(field):
     for content in (field, b"\x0a\x00" + field):
         with pytest.raises(DecodeError):
             list(parts(content))
+
+
+OTHERS = (b"\x08\x05", b"\x0b\x0a\x01\x38\x0c", b"\xa3\x01\x0a\x03\x07\x07\x07\xa4\x01", b"\x0a\x02\x08\x05")
+"""Fields that are a number where a message is known, or lie in a group; and a message with one."""
+
+
+@given(st.lists(st.sampled_from((*FIELDS, *OTHERS))))
+def test_what_protobuf_accepts_is_not_refused_as_no_message(fields):
+    content = b"".join(fields)
+    pb.GetActionBatchRequest.FromString(content)
+    _require_little(content, "GetActionBatch")
+    large = content + within(pb.GetActionRequest, "observation", within(pb.Observation, "depth", bytes(LARGE_BYTES)))
+    pb.GetActionRequest.FromString(large)
+    _require_little(large, "GetAction")
+
+
+def test_the_search_takes_no_longer_than_what_it_prevents(monkeypatch):
+    """However the fields are spread over requests, and these over a batch."""
+    seen = 0
+
+    def counted(*where):
+        nonlocal seen
+        for part in parts(*where):
+            seen += 1
+            yield part
+
+    monkeypatch.setattr("serving.parsing.parts", counted)
+    observation = within(pb.GetActionRequest, "observation", b"\x10\x01" * 64)
+    batch = within(pb.GetActionBatchRequest, "requests", observation * 64) * 500
+    with pytest.raises(Rejected):
+        _require_little(batch, "GetActionBatch")
+    assert seen < 20_000
 
 
 def within(message, field, content):
@@ -124,11 +158,11 @@ def test_a_field_that_comes_again_and_again_is_refused_before_it_is_parsed(runni
     sent = again * (1 if where == "in an observation" else 100) + within(pb.GetActionRequest, "observation", frame)
     name = "GetAction"
     if where == "in a batch's request":
-        sent, name = within(pb.GetActionBatchRequest, "requests", sent), "GetActionBatch"
+        sent, name = within(pb.GetActionBatchRequest, "requests", sent + 64 * 256 * again), "GetActionBatch"
     call = running.channel.unary_unary(PATHS[name], lambda b: b, lambda b: b)
     code, told = refusal(call, sent)
     assert (code, told["field"]) == ("INVALID_ARGUMENT", "request")
-    assert told["expected"] == "at most 64 fields in a message"
+    assert told["expected"] == f"at most {64 * (256 if name == 'GetActionBatch' else 1)} fields"
 
 
 @pytest.mark.parametrize("name", ["StartEpisode", "EndEpisode", "GetPolicy", "ListPolicies", "GetStats"])

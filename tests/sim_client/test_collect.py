@@ -329,9 +329,11 @@ def test_what_another_process_records_is_left_alone(tmp_path: Path) -> None:
     config = Collect(output=tmp_path / "d", task="block_picking", episodes=2)
     request = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "workers")}
     others = workers.Partial(config.output, json.loads(json.dumps(request, default=str)))
-    with held(others.folder), pytest.raises(FileExistsError, match=r"another process records .*d: let it finish"):
-        collect(config)
-    assert others.folder.exists()
+    asked = (others.folder / "request.json").read_text()
+    for also in (config, dataclasses.replace(config, behavior="random")):
+        with held(others.folder), pytest.raises(FileExistsError, match=r"another process records .*d: let it finish"):
+            collect(also)
+    assert (others.folder / "request.json").read_text() == asked
     collect(config)
 
 
@@ -373,6 +375,13 @@ def test_what_was_left_of_another_collection_is_not_mixed_in(tmp_path: Path) -> 
         collect(config)
     (kept.folder / "request.json").write_text("cut")
     with pytest.raises(FileExistsError, match=r"request\.json is damaged .*remove the folder"):
+        collect(config)
+
+
+def test_where_a_seed_s_scenes_are_not_enough_it_says_how_to_go_on(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sim_client.collect.RECORDED_PER_SEED", 2)
+    config = Collect(output=tmp_path / "d", task="block_picking", transitions=1000)
+    with pytest.raises(ValueError, match=r"--seed 0 has 2 scenes, and they are not enough: .*training\.data merge"):
         collect(config)
 
 

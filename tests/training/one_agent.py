@@ -5,11 +5,15 @@ import json
 import os
 import sys
 from typing import Any
+from unittest import mock
+
+import torch
 
 from protos.errors import Rejected
-from training.agents.agent import Diverged
+from training import loop
+from training.agents.agent import Agent, Diverged
 from training.config import parse
-from training.loop import Run
+from training.loop import Run, make_agent
 from training.run import main, train
 
 DIVERGES, REFUSED, WHOLE = "diverges", "refused", "whole"
@@ -22,8 +26,17 @@ def tell(line: str) -> None:
     sys.stdout.write(f"{line}\n")
 
 
+def apart(*how: Any) -> Agent:
+    """An agent that begins a little elsewhere in each process, as on another processor."""
+    agent = make_agent(*how)
+    with torch.no_grad():
+        next(agent.parameters()).add_(1e-3 * int(os.environ["RANK"]))
+    return agent
+
+
 def say(name: str, arguments: list[str]) -> None:
-    run = Run(parse(arguments))
+    with mock.patch.object(loop, "make_agent", apart):
+        run = Run(parse(arguments))
     drawn: list[int] = []
     draw = run.dataset.draw
 

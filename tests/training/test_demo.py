@@ -59,7 +59,15 @@ def test_nothing_of_an_earlier_demo_survives_one_that_fails(
 
 @pytest.mark.parametrize(
     "wrong",
-    [("--episodes", "0"), ("--minutes", "-1"), ("--minutes", "nan"), ("--eval-episodes", "0"), ("--seed", "700")],
+    [
+        ("--episodes", "0"),
+        ("--episodes", "1000001"),
+        ("--minutes", "-1"),
+        ("--minutes", "nan"),
+        ("--eval-episodes", "0"),
+        ("--eval-episodes", "100001"),
+        ("--seed", "700"),
+    ],
 )
 def test_what_its_commands_would_refuse_removes_nothing(
     wrong: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -4,7 +4,7 @@ import itertools
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import grpc
@@ -403,13 +403,20 @@ def test_a_connection_that_answers_no_more_holds_the_arm_no_longer_than_an_answe
             assert fickle.remaining_s[-1] < most_s + 0.2  # gRPC rounds them up
 
 
-def test_a_slower_server_in_the_same_place_is_given_its_time_in_the_end(fickle):
-    """Started while its client was silent, it answers nothing in the time that the one before allowed."""
-    with PolicyClient(fickle.address, timeout_s=30.0) as client:
+@contextmanager
+def hurried(fickle, timeout_s):
+    """A client that has been told by an answer that such are of use for 0.2 s."""
+    with PolicyClient(fickle.address, timeout_s=timeout_s) as client:
         client.policy()
         fickle.valid_s = 0.2
         with suppress(PolicyError):  # on a busy machine it comes too late
             client.act(scene(0))
+        yield client
+
+
+def test_a_slower_server_in_the_same_place_is_given_its_time_in_the_end(fickle):
+    """Started while its client was silent, it answers nothing in the time that the one before allowed."""
+    with hurried(fickle, timeout_s=30.0) as client:
         fickle.valid_s, fickle.delay_s = 60.0, 0.6
         for _ in range(FULL_TIME_AFTER):
             with pytest.raises(PolicyError, match="of use"):
@@ -420,11 +427,7 @@ def test_a_slower_server_in_the_same_place_is_given_its_time_in_the_end(fickle):
 
 
 def test_a_server_that_says_nothing_at_all_holds_the_arm_for_longer_once_in_a_while(fickle):
-    with PolicyClient(fickle.address, timeout_s=2.0) as client:
-        client.policy()
-        fickle.valid_s = 0.2
-        with suppress(PolicyError):  # on a busy machine it comes too late
-            client.act(scene(0))
+    with hurried(fickle, timeout_s=2.0) as client:
         fickle.delay_s, took_s = 3.0, []
         for _ in range(FULL_TIME_AFTER + 2):
             begun = time.monotonic()
@@ -436,11 +439,7 @@ def test_a_server_that_says_nothing_at_all_holds_the_arm_for_longer_once_in_a_wh
 
 
 def test_a_server_that_allows_more_than_before_is_given_that_time(fickle):
-    with PolicyClient(fickle.address, timeout_s=30.0) as client:
-        client.policy()
-        fickle.valid_s = 0.2
-        with suppress(PolicyError):  # on a busy machine it comes too late
-            client.act(scene(0))
+    with hurried(fickle, timeout_s=30.0) as client:
         fickle.valid_s = 60.0
         client.act(scene(0), age_us=300_000)  # too old for the one before
         assert fickle.remaining_s[-1] > 20

@@ -5,9 +5,9 @@ import ctypes
 from collections.abc import Callable
 
 _M_ARENA_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -8, -3, -1
-ARENAS = 2
+ARENAS = 1
 """Heaps that threads share. By default glibc gives nearly every worker its own, and each keeps what it once needed: a
-hundred reloads under load left 4 to 7 MiB behind, with two heaps 3."""
+hundred reloads under load left 4 to 7 MiB behind, with one heap 3. With two, the second still grew in a soak."""
 
 LARGE_BYTES, SPARE_BYTES = 128 * 1024, 2 * 2**20
 """What is larger has pages of its own, which go back when it is freed: by default, glibc takes it from the heaps once

@@ -104,20 +104,24 @@ def whole(path: Path) -> Iterator[Path]:
             _sync(folder)
 
 
+class Taken(BlockingIOError):
+    """Another process has a folder. A kind of its own: that a process cannot be started is a BlockingIOError, too."""
+
+
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keep a folder for oneself, among processes that ask by this; who is killed lets go of it.
 
     Raises:
-        BlockingIOError: another process has it.
+        Taken: another process has it.
         OSError: there is no such folder.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
+        except BlockingIOError as error:
+            raise Taken(*error.args) from error
         except OSError:  # where nothing can be locked, nobody can be told from another
             pass
         yield

@@ -134,23 +134,26 @@ class Answering:
             status = call.status(refusal.status.value if refusal else "OK")
             span.end(call.phases, status)
         if refusal:
-            self.refuse(method, refusal, context, call)
+            self._refuse(method, refusal, context, call, status)
         else:
             self.metrics.record(method, status, call.elapsed_s, call.phases)
 
     def fail(self, method: str, context: grpc.ServicerContext) -> None:
         """Where an exception is handled that nobody foresaw, before the call reached its method."""
         call = self._call(context)
-        self.refuse(method, self._unforeseen(method, call), context, call)
+        failure = self._unforeseen(method, call)
+        self._refuse(method, failure, context, call, call.status(failure.status.value))
 
-    def refuse(self, method: str, rejected: Rejected, context: grpc.ServicerContext, call: Call | None = None) -> None:
-        """Count, log and answer a refusal."""
-        early = call is None  # refused before it reached its method
-        call = call or self._call(context)
+    def refuse(self, method: str, rejected: Rejected, context: grpc.ServicerContext) -> None:
+        """Where a call is refused before it reached its method."""
+        call = self._call(context)
         status = call.status(rejected.status.value)
-        if early:
-            with self.tracer.span(method, call.request_id) as span:
-                span.end(call.phases, status)
+        with self.tracer.span(method, call.request_id) as span:
+            span.end(call.phases, status)
+        self._refuse(method, rejected, context, call, status)
+
+    def _refuse(self, method: str, rejected: Rejected, context: grpc.ServicerContext, call: Call, status: str) -> None:
+        """Count, log and answer a refusal of which the caller sees `status`."""
         self.metrics.record(method, status, call.elapsed_s, call.phases)
         if self._throttle.allows():
             left_out = self._throttle.left_out()

@@ -173,7 +173,7 @@ class Server:
     def _finish_calls(self) -> None:
         """Take none that is new, and return when those in flight are answered, or the grace is over."""
         over = self._grpc.stop(self.config.grace_s)
-        while not self._workers.rest and not over.wait(LOOK_EACH_S):
+        while not self._workers.at_rest and not over.wait(LOOK_EACH_S):
             pass
         # gRPC also waits until every client has hung up, and an idle one on its older event loop may take 5 s to notice
         # that it should. All replies are written by now.

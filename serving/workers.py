@@ -84,7 +84,7 @@ class Workers(Executor):
         return not any(thread.is_alive() for thread in self._threads)
 
     @property
-    def rest(self) -> bool:
+    def at_rest(self) -> bool:
         """Whether no task is under way, and none waits."""
         with self._lock:
             return not self._line and len(self._resting) == len(self._threads)

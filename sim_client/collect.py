@@ -20,7 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from protos.errors import Rejected
-from protos.files import held
+from protos.files import Taken, held
 from serving.errors import PolicyRefused
 from sim_client import TaskName
 from sim_client.behaviors import Actors, Mixture, parse
@@ -220,14 +220,13 @@ def collect(config: Collect) -> Summary:
         request["policies"] = about.notes["policies"]
     folder = Partial.folder_of(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(held(folder))
-        except BlockingIOError as error:
-            raise FileExistsError(
-                f"another process records {config.output}: let it finish, or choose another --output"
-            ) from error
-        return _collect(config, about, Partial(config.output, json.loads(json.dumps(request, default=str))))
+    try:
+        with held(folder):
+            return _collect(config, about, Partial(config.output, json.loads(json.dumps(request, default=str))))
+    except Taken as error:
+        raise FileExistsError(
+            f"another process records {config.output}: let it finish, or choose another --output"
+        ) from error
 
 
 def _collect(config: Collect, about: About, partial: Partial) -> Summary:

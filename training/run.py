@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from protos.errors import Rejected
-from protos.files import held, remove_unfinished, write_atomically
+from protos.files import Taken, held, remove_unfinished, write_atomically
 from training import distributed
 from training.agents.agent import Diverged
 from training.config import SETTINGS, RunConfig, parse
@@ -74,16 +74,13 @@ def _require_free(config: RunConfig) -> None:
 def _alone(config: RunConfig) -> Iterator[None]:
     """No other process trains into the directory meanwhile: two would save over each other."""
     config.output.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(held(config.output))
-        except BlockingIOError as error:
-            remedy = "wait for it, stop it, or choose another directory"
-            raise Rejected(
-                "--output", "a directory in which no run is under way", str(config.output), remedy
-            ) from error
-        _require_free(config)  # another may have come and gone while this one read its data
-        yield
+    try:
+        with held(config.output):
+            _require_free(config)  # another may have come and gone while this one read its data
+            yield
+    except Taken as error:
+        remedy = "wait for it, stop it, or choose another directory"
+        raise Rejected("--output", "a directory in which no run is under way", str(config.output), remedy) from error
 
 
 def _train(run: Run, evaluations: Evaluations | None) -> Path:
